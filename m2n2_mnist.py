@@ -1,0 +1,751 @@
+"""M2N2 on MNIST: classifiers evolved from scratch, without a gradient, by merging models.
+
+@CLAIM@
+
+It is Model Merging of Natural Niches, Experiment 1 of "Competition and Attraction Improve Model
+Fusion" (Abrantes, Lange, Tang; arXiv:2508.16204), on the real MNIST: children merge two parents
+around a random split point (evolving merging boundaries), models share the examples they do well
+on (competition), and mate with those who do well where they fail (attraction).
+
+    python m2n2_mnist.py                              # the experiment of the constants below
+    python m2n2_mnist.py --iterations 1000 --seed 7   # any constant overridden; --help lists them
+    torchrun --nproc_per_node 2 m2n2_mnist.py         # the examples split over processes
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import pickle
+import re
+import shlex
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import KW_ONLY, dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import LightningEnvironment
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer, seed_everything
+from pytorch_lightning.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.datasets import MNIST
+from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
+from torchvision.datasets.utils import check_integrity
+from tqdm import tqdm
+
+# --- Constants: edit these. The brackets hold what is accepted; --help lists them all ---
+
+# Run
+SEED = 42  # seed of the first run [0, 4294967295]
+RUNS = 1  # how often to repeat the experiment, with consecutive seeds [1, inf]
+ITERATIONS = 50_000  # children evaluated in a run, which is forward passes [1, inf]
+TEST_EVERY = 1_000  # iterations between two rows of metrics.csv [1, inf]
+CHECKPOINT_EVERY = 5_000  # iterations between two checkpoints [1, inf]
+RESUME = ""  # folder of an interrupted run to go on with, runs/m2n2_mnist/version_3; "" for none
+DATA_DIR = "data"  # folder that holds MNIST, or gets it downloaded
+OUTPUT_DIR = "runs"  # folder that gets m2n2_mnist/version_N for each run
+
+# Model and data
+IMAGE_SIZE = 10  # pixels a side: 28 is MNIST as it is, less is an area average [1, 28]
+HIDDEN_DIM = 32  # hidden units of the MLP [1, inf]
+
+# M2N2
+START = "scratch"  # or digits 0-4 and 5-9 learnt by gradient, no mutation [scratch | specialists]
+ARCHIVE_SIZE = 10  # models in the archive, K; the paper's 20 [2, inf]
+SCORE = "probability"  # of the true class, or the paper's 0/1 [probability | correct]
+TEMPERATURE = 2.0  # of the softmax of that probability; more is smoother [0.001, 1000.0]
+ALPHA = 1.0  # competition: 1 shares each example among its models, 0 is a plain GA [0.0, 3.0]
+INIT_STD = 0.01  # standard deviation of the two random models at the start [1e-12, 1e+30]
+MUTATION_STD = 0.01  # standard deviation of the mutation at the start of a run [0.0, 1e+30]
+FINAL_MUTATION_STD = 0.0005  # the same at its end; the paper's is constant [0.0, 1e+30]
+USE_CROSSOVER = True  # False: a child is a mutated copy of its first parent [True | False]
+USE_SPLIT_POINT = True  # False: one SLERP over the whole vector [True | False]
+USE_ATTRACTION = True  # False: both parents are drawn by fitness [True | False]
+
+# Hardware
+ACCELERATOR = "auto"  # where to compute [auto | cpu | cuda | mps]
+PRECISION = "auto"  # of the evaluation; auto: bf16 if in hardware [auto | bf16-true | 32-true]
+
+# A run may be resumed with others of these; any other makes it another experiment.
+FREE = ("RUNS", "ITERATIONS", "CHECKPOINT_EVERY", "RESUME", "OUTPUT_DIR")
+
+
+class UserError(Exception):
+    """Something that only the user can mend; the message names it and the remedy."""
+
+
+@contextlib.contextmanager
+def explained(trouble: str, remedy: str) -> Iterator[None]:
+    """Turn whatever a library or the disk raises inside into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{trouble}: {error or type(error).__name__}\n{remedy}") from error
+
+
+# --- Flat parameter vectors ---
+
+
+def get_params(model: nn.Module) -> Tensor:
+    """All parameters as one detached vector `(params,)`, in the order of `model.parameters()`."""
+    return parameters_to_vector(model.parameters()).detach()
+
+
+@torch.no_grad()
+def set_params(model: nn.Module, params: Tensor) -> None:
+    """Copy a vector `(params,)` of `get_params` into the model; ValueError for a wrong length."""
+    sizes = [param.numel() for param in model.parameters()]
+    if params.shape != (sum(sizes),):
+        raise ValueError(f"the model has {sum(sizes)} parameters, not {tuple(params.shape)}")
+    for param, values in zip(model.parameters(), params.split(sizes), strict=True):
+        param.copy_(values.view_as(param))
+
+
+def slerp(t: float | Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Spherical interpolation sin((1 - t) Ω) / sin Ω · a + sin(t Ω) / sin Ω · b, `(params,)`.
+
+    Ω is the angle between a and b; `t` a number, one for each parameter, or of any shape that
+    broadcasts with them. Linear where sin Ω is tiny or undefined: parallel, opposite, zero vectors.
+    """
+    omega = torch.acos((torch.dot(a, b) / (a.norm() * b.norm())).clamp(-1, 1))
+    # Float32 resolves no smaller angle, and 1e-4 is as good as linear; false for NaN.
+    omega = torch.where(omega.sin() > 1e-3, omega, 1e-4)
+    weight_a, weight_b = ((u * omega).sin() / omega.sin() for u in (1 - t, t))
+    return weight_a * a + weight_b * b
+
+
+# --- Model ---
+
+
+class MLP(LightningModule):
+    """Images `(examples, ...)` → hidden ReLU layer → logits `(examples, classes)`.
+
+    `MLP(64, 256, 10)` is the paper's, with 19,210 parameters. Evolution only calls it; the
+    training step is for the specialists.
+    """
+
+    def __init__(self, input_dim: int, hidden_dim: int = HIDDEN_DIM, output_dim: int = 10) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(input_dim, hidden_dim)
+        self.output = nn.Linear(hidden_dim, output_dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.hidden(images.flatten(1)).relu_()
+        # (classes, examples) in memory: a softmax over the classes is then 20 times faster.
+        return (self.output.weight @ hidden.T).add_(self.output.bias[:, None]).T
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters())
+
+
+# --- Data ---
+
+IDX_FILES = {  # the real files, unpacked: number of items and MD5
+    "train-images-idx3-ubyte": (60_000, "6bbc9ace898e44ae57da46a324031adb"),
+    "train-labels-idx1-ubyte": (60_000, "a25bea736e30d166cdddb491f175f624"),
+    "t10k-images-idx3-ubyte": (10_000, "2646ac647ad5339dbf082846283269ea"),
+    "t10k-labels-idx1-ubyte": (10_000, "27ae3e4e09519cfbb04c329615203637"),
+}
+
+
+class MNISTDataModule(LightningDataModule):
+    """MNIST as whole tensors for the archive loop, and as loaders for a Lightning `Trainer`.
+
+    `setup()` makes `train_images` and `test_images`, float32 `(examples, 1, image_size,
+    image_size)`, less the mean training image and over the training set's standard deviation,
+    and `train_labels` and `test_labels`, int64 `(examples,)`. UserError for files that cannot be
+    downloaded or are not whole.
+    """
+
+    def __init__(
+        self, data_dir: str | Path = DATA_DIR, image_size: int = IMAGE_SIZE, batch_size: int = 128
+    ) -> None:
+        super().__init__()
+        self.raw_dir = Path(data_dir, "MNIST", "raw")  # torchvision's layout
+        self.image_size, self.batch_size = image_size, batch_size
+
+    def prepare_data(self) -> None:
+        """Download the files that are missing, if any; each gets its name only when whole."""
+        missing = [name for name in IDX_FILES if not (self.raw_dir / name).exists()]
+        if not missing:
+            return
+        socket.setdefaulttimeout(30)  # seconds of silence; torchvision would wait for ever
+        with explained(
+            "MNIST could not be downloaded",
+            f"Try again, or put the four unpacked files {', '.join(IDX_FILES)} into {self.raw_dir},"
+            " or point DATA_DIR at the folder whose MNIST/raw holds them.",
+        ):
+            self.raw_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.raw_dir) as folder:
+                MNIST(folder, download=True)
+                for name in missing:
+                    os.replace(Path(folder, "MNIST", "raw", name), self.raw_dir / name)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the files whole and make the tensors; one as long as MNIST's must be MNIST's."""
+        tensors = []
+        for name, (items, md5) in IDX_FILES.items():
+            path, remedy = self.raw_dir / name, "Delete it and run again, or check DATA_DIR."
+            with explained(f"{path} is not a whole MNIST file", remedy):
+                tensors.append(read_sn3_pascalvincent_tensor(str(path)))
+                if len(tensors[-1]) == items and not check_integrity(str(path), md5):
+                    raise ValueError("its checksum is wrong")
+                expected = (len(tensors[-2]),) if "labels" in name else (len(tensors[-1]), 28, 28)
+                if tensors[-1].shape != expected or ("labels" in name and tensors[-1].max() > 9):
+                    raise ValueError(f"shape {tuple(tensors[-1].shape)}, or labels above 9")
+        pool = partial(F.adaptive_avg_pool2d, output_size=self.image_size)
+        self.train_images, self.test_images = (pool(x[:, None] / 255) for x in tensors[::2])
+        self.train_labels, self.test_labels = (labels.long() for labels in tensors[1::2])
+        mean_image, std = self.train_images.mean(dim=0), self.train_images.std()
+        for images in (self.train_images, self.test_images):
+            images.sub_(mean_image).div_(std)
+
+    def train_dataloader(self) -> DataLoader:
+        dataset = TensorDataset(self.train_images, self.train_labels)
+        return DataLoader(dataset, self.batch_size, shuffle=True)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(TensorDataset(self.test_images, self.test_labels), self.batch_size)
+
+
+# --- M2N2 ---
+
+
+@dataclass(eq=False)
+class M2N2:
+    """Model Merging of Natural Niches: a steady-state evolution of an archive of K models.
+
+    Works with any `model` from images to logits `(examples, classes)`, on the images' device and
+    in their precision; the archive stays float32. Symbols are the paper's: s_ij in [0, 1] is the
+    score of model i on training example j, z_j = Σ_i s_ij, f_i the fitness of model i.
+
+    The archive starts as K empty slots (zeros), into which `initial_models`, by default two random
+    ones, are put like children. Under torch.distributed each process holds the whole archive and
+    its part of the training examples. ValueError for less than 2 models or an unknown score.
+
+    Attributes: `archive` (archive, params); `scores` (archive, examples of this process);
+    `iteration`, the children so far; `history`, the rows that `evolve` measured.
+    """
+
+    model: nn.Module
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    _: KW_ONLY
+    archive_size: int = ARCHIVE_SIZE
+    score: str = SCORE
+    temperature: float = TEMPERATURE
+    alpha: float = ALPHA
+    init_std: float = INIT_STD
+    mutation_std: float = MUTATION_STD
+    final_mutation_std: float = FINAL_MUTATION_STD
+    use_crossover: bool = USE_CROSSOVER
+    use_split_point: bool = USE_SPLIT_POINT
+    use_attraction: bool = USE_ATTRACTION
+    initial_models: Sequence[nn.Module] = ()
+    seed: int = SEED
+
+    def __post_init__(self) -> None:
+        if self.archive_size < 2 or self.score not in ("probability", "correct"):
+            raise ValueError(f"archive_size is {self.archive_size}, score is {self.score!r}")
+        self._distributed = dist.is_initialized()
+        rank, processes = (dist.get_rank(), dist.get_world_size()) if self._distributed else (0, 1)
+        self._is_main, self._examples = rank == 0, len(self.train_labels)
+        self.train_images = self.train_images.tensor_split(processes)[rank].contiguous()
+        self.train_labels = self.train_labels.tensor_split(processes)[rank].contiguous()
+
+        # The evaluated model's parameters are views of one vector: loading a model is one copy.
+        device = self.train_images.device
+        self._evaluated = deepcopy(self.model).to(device, self.train_images.dtype).eval()
+        self._weights = get_params(self._evaluated.requires_grad_(False))  # (params,)
+        vector_to_parameters(self._weights, self._evaluated.parameters())
+
+        # Row K is the child's place. Replacing a model is then one copy of row K onto another
+        # row, onto itself where the child loses: no branch, so no wait for the device.
+        self._models = torch.zeros(self.archive_size + 1, len(self._weights), device=device)
+        self._scores = torch.zeros(self.archive_size + 1, len(self.train_labels), device=device)
+        self.archive, self.scores = self._models[:-1], self._scores[:-1]
+        self._gain = torch.empty_like(self.scores)  # kept: fresh memory of its size costs more
+        self._positions = torch.arange(len(self._weights), device=device)
+        self._generator = torch.Generator(device).manual_seed(self.seed)
+        self._random = {"device": device, "generator": self._generator}
+        self._child, self._accepted = torch.zeros(2, 1, device=device)
+        self._last_child = torch.ones(1, device=device)
+
+        self.iteration, self.history = 0, []
+        self.stop = False  # ends `evolve` after the current child; for signal handlers
+        randoms = (self.init_std * torch.randn(len(self._weights), **self._random) for _ in "AB")
+        for params in map(get_params, self.initial_models) if self.initial_models else randoms:
+            self._evaluate(params.to(device))
+            self._update_archive()
+        self._accepted.zero_()
+
+    def evolve(
+        self,
+        iterations: int,
+        test_every: int = TEST_EVERY,
+        after_child: Callable[["M2N2"], None] = lambda m2n2: None,
+    ) -> None:
+        """Make `iterations` more children; every `test_every`, add a row to `history`.
+
+        The mutation schedule spans the run from its first child ever to the last of this call, so
+        a run that goes on takes it up where it was, and one that goes on beyond its end mutates
+        as a longer run does at that point. `after_child` is called after each child.
+        """
+        end, self.stop = self.iteration + iterations, False
+        self._last_child.fill_(end)
+        step = self._captured_step() if self._weights.is_cuda else self._step
+        with tqdm(
+            desc="Evolving Models", total=end, initial=self.iteration, disable=not self._is_main
+        ) as bar:
+            while self.iteration < end and not self.stop:
+                step()
+                self.iteration += 1
+                bar.update()
+                if self.iteration % test_every == 0 or self.iteration == end:
+                    row = self._measure(test_every)
+                    self.history.append(row)
+                    fitness, accuracy = f"{row['best_fitness']:.1f}", f"{row['test_acc']:.2%}"
+                    bar.set_postfix(best_fitness=fitness, test_acc=accuracy)
+                after_child(self)
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        """One child, from its parents to its place in the archive; the host waits for nothing."""
+        first, second = self._select_parents()
+        child = self._crossover(first, second)
+        self._evaluate(self._mutate(child))
+        self._update_archive()
+
+    def _captured_step(self) -> Callable[[], None]:
+        """`_step` as a CUDA graph, captured once: each replay is a single launch."""
+        state, stream = self.state_dict(), torch.cuda.Stream()
+        with torch.cuda.stream(stream):  # CUDA wants a few rounds beside the main stream first
+            for _ in range(3):
+                self._step()
+        stream.synchronize()
+        self.load_state_dict(state)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self._generator)
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._step()
+        return graph.replay
+
+    def _select_parents(self) -> tuple[Tensor, Tensor]:
+        """Parents A and B, as indices `(1,)`: A by fitness, P(A) = f_A / Σ f; B by attraction.
+
+        P(B) = g_B / Σ g with g_B = Σ_j max(s_Bj - s_Aj, 0) / z_j^α; B = A where all g are 0.
+        """
+        fitness = self._update_fitness()
+        first = self._draw(fitness)
+        if not self.use_attraction:
+            return first, self._draw(fitness)
+        scores_first = self.scores.index_select(0, first)  # (1, examples)
+        gain = torch.sub(self.scores, scores_first, out=self._gain).relu_()  # (archive, examples)
+        attraction = self._sum(gain @ self._shares)  # (archive,)
+        return first, torch.where(attraction.any(), self._draw(attraction), first)
+
+    def _draw(self, weights: Tensor) -> Tensor:
+        """An index `(1,)` with probability weights / Σ weights, as argmax weights / Exp(1)."""
+        # Not torch.multinomial, which makes the host wait.
+        noise = torch.empty_like(weights).exponential_(generator=self._generator)
+        return torch.argmax(weights / noise, dim=0, keepdim=True)
+
+    def _crossover(self, first: Tensor, second: Tensor) -> Tensor:
+        """Child `(params,)`, SLERP(w) of its parents before the split point p, SLERP(1 - w) after.
+
+        w ~ U(0, 1), p ~ U{0 .. params - 1}; one angle, between the whole parents, for both.
+        """
+        a, b = self.archive.index_select(0, torch.cat([first, second]))
+        if not self.use_crossover:
+            return a
+        mix = torch.rand(1, **self._random)
+        if not self.use_split_point:
+            return slerp(mix, a, b)
+        split = torch.randint(len(a), (1,), **self._random)
+        before, after = slerp(torch.stack([mix, 1 - mix]), a, b)  # (params,) each
+        return torch.where(self._positions < split, before, after)
+
+    def _mutate(self, child: Tensor) -> Tensor:
+        """child + σ N(0, 1); σ falls by half a cosine from `mutation_std` to the final one."""
+        wave = (1 + torch.cos(torch.pi * self._child / self._last_child)) / 2  # 1 to 0
+        std = self.final_mutation_std + (self.mutation_std - self.final_mutation_std) * wave
+        self._child += 1
+        return child + std * torch.randn(len(child), **self._random)
+
+    def _logits(self, params: Tensor, images: Tensor) -> Tensor:
+        """Logits `(classes, examples)` of the model with these parameters."""
+        self._weights.copy_(params)
+        return self._evaluated(images).T
+
+    def _softmax(self, logits: Tensor) -> Tensor:
+        return logits.float().div_(self.temperature).softmax(dim=0)
+
+    def _score(self, params: Tensor) -> Tensor:
+        """s_j `(examples,)` of a model: softmax(logits / temperature) of the true class, or 0/1.
+
+        NaN where the model overflows.
+        """
+        logits = self._logits(params, self.train_images)
+        if self.score == "probability":
+            return self._softmax(logits).gather(0, self.train_labels[None])[0]
+        best, predictions = logits.max(dim=0)
+        return torch.where(best.isfinite(), predictions == self.train_labels, torch.nan)
+
+    def _evaluate(self, child: Tensor) -> None:
+        """Put the child `(params,)` and its scores into their place, row K."""
+        self._models[-1], self._scores[-1] = child, self._score(child)
+
+    def _update_fitness(self, with_child: bool = False) -> Tensor:
+        """f_i = Σ_j s_ij / z_j^α, 0 where z_j = 0, `(archive,)` or, with the child, one more.
+
+        With α = 1 it sums to the number of examples covered. The f of a child that overflowed is
+        NaN, and nobody competes with it.
+        """
+        z = self.scores.sum(dim=0)  # (examples,)
+        if with_child:
+            z += self._scores[-1].nan_to_num()
+        self._shares = z.clamp_(min=1e-12).pow_(-self.alpha)
+        scores = self._scores if with_child else self.scores
+        # Not a matrix product, which may sum equal rows to different bits: ties must be ties.
+        return self._sum(torch.linalg.vecdot(scores, self._shares))
+
+    def _update_archive(self) -> None:
+        """The worst of the K + 1 goes: the first archive member among equals, or the child."""
+        fitness = self._update_fitness(with_child=True)
+        worst = torch.argmin(fitness, dim=0, keepdim=True)  # NaN counts as the least
+        for rows in (self._models, self._scores):
+            rows.index_copy_(0, worst, rows[-1:].clone())
+        self._accepted += worst < self.archive_size
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """Sum over the processes, each with its part of the examples."""
+        if self._distributed:
+            dist.all_reduce(values)
+        return values
+
+    def _measure(self, test_every: int) -> dict[str, float]:
+        """A row of `history`. A member covers an example by a score above 1/2."""
+        hits = self.train_hits().sum(dim=1)  # (archive,)
+        covered = self._sum((self.scores.amax(dim=0) > 0.5).sum())
+        accepted, children = self._accepted.item(), (self.iteration - 1) % test_every + 1
+        self._accepted.zero_()
+        return {
+            "iteration": self.iteration,
+            "best_fitness": self._update_fitness().max().item(),
+            "train_acc": hits.max().item() / self._examples,
+            "test_acc": self.test_accuracy(self.archive[hits.argmax()][None]),
+            "coverage": covered.item() / self._examples,
+            "acceptance": accepted / children,
+        }
+
+    @torch.no_grad()
+    def train_hits(self) -> Tensor:
+        """How many training examples of each class each member gets right, `(archive, classes)`."""
+        hits = []
+        for params in self.archive:
+            logits = self._logits(params, self.train_images)
+            right = self.train_labels[logits.max(dim=0).indices == self.train_labels]
+            hits.append(right.bincount(minlength=len(logits)))
+        return self._sum(torch.stack(hits))
+
+    @torch.no_grad()
+    def test_accuracy(self, models: Tensor) -> float:
+        """Test accuracy of the mean of the probabilities of some models `(models, params)`."""
+        logits = (self._logits(params, self.test_images) for params in models)
+        probabilities = sum(map(self._softmax, logits))
+        return (probabilities.argmax(dim=0) == self.test_labels).float().mean().item()
+
+    def best_model(self) -> nn.Module:
+        """The archive member with the highest training accuracy, as a model of its own."""
+        best = deepcopy(self.model)
+        set_params(best, self.archive[self.train_hits().sum(dim=1).argmax()])
+        return best
+
+    def state_dict(self) -> dict:
+        """All that `load_state_dict` needs to go on as if there had been no stop."""
+        return {
+            "archive": self.archive.clone(),
+            "generator": self._generator.get_state(),
+            "iteration": self.iteration,
+            "accepted": self._accepted.item(),  # since the last row of the history
+            "history": list(self.history),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        """Take up the state of an equal M2N2; the scores are computed anew."""
+        self.archive.copy_(state["archive"])
+        for row, params in enumerate(self.archive):
+            self.scores[row] = self._score(params) if params.any() else 0  # zeros: an empty slot
+        self._generator.set_state(state["generator"])
+        self.iteration, self.history = state["iteration"], list(state["history"])
+        self._child.fill_(self.iteration)
+        self._accepted.fill_(state["accepted"])
+
+
+# --- Outputs ---
+
+
+def save_whole(state: dict, path: Path) -> None:
+    """torch.save to a temporary file that is then moved into place: whole or not at all."""
+    buffer, temporary = io.BytesIO(), path.with_suffix(".tmp")
+    torch.save(state, buffer)
+    with explained(f"{path} could not be written", "Make room, then RESUME the last checkpoint."):
+        temporary.write_bytes(buffer.getbuffer())
+        os.replace(temporary, path)
+
+
+def load_checkpoint(constants: dict) -> dict:
+    """M2N2's state in the run to RESUME; UserError unless whole and of the same experiment."""
+    path, remedy = Path(constants["RESUME"], "checkpoint.pt"), "RESUME wants a run's folder."
+    with explained(f"{path} is no whole checkpoint", remedy):
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # whose own text tells how to run the code in the file
+            raise ValueError("damaged, or it could run code") from None
+        state, before = checkpoint["m2n2"], checkpoint["constants"]
+        changed = [key for key in before if key not in FREE and before[key] != constants[key]]
+    for key in changed:
+        raise UserError(f"{key} is {constants[key]!r}, but {before[key]!r} in the run to RESUME.")
+    return state
+
+
+def plot_evolution(histories: Sequence[list[dict]], niches: Tensor, path: Path) -> None:
+    """Left: accuracy and coverage over children, mean and SD over runs. Right: the niches.
+
+    `niches` is the training accuracy of each member on each digit, `(archive, classes)`.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("No figure without matplotlib: `pip install matplotlib` to get evolution.png.")
+        return
+    figure = Figure(figsize=(7.2, 2.9), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    rows, runs = min(map(len, histories)), len(histories)
+    children = [row["iteration"] for row in histories[0][:rows]]
+    for key, label in (("coverage", "archive coverage"), ("test_acc", "best model, test accuracy")):
+        values = 100 * torch.tensor([[row[key] for row in history[:rows]] for history in histories])
+        mean, std = values.mean(dim=0), values.std(dim=0, correction=min(1, runs - 1))
+        (line,) = left.plot(children, mean, label=label)
+        left.fill_between(children, mean - std, mean + std, color=line.get_color(), alpha=0.3)
+    title = f"Evolution, mean ± SD of {runs} runs" if runs > 1 else "Evolution"
+    left.set(xlabel="children evaluated", ylabel="examples (%)", title=title)
+    left.legend(loc="lower right")
+    image = right.imshow(100 * niches, aspect="auto", cmap="cividis")
+    right.set(xlabel="digit", ylabel="archive member", title="Niches", xticks=range(10))
+    figure.colorbar(image, label="training accuracy (%)")
+    with explained(f"{path} could not be written", "All the other files of this run were."):
+        figure.savefig(path, dpi=200)
+
+
+# --- Main ---
+
+
+def checked(name: str, accepted: str, text: str) -> object:
+    """A constant's value from its text, if it is `accepted`, as the brackets at the top say it."""
+    with contextlib.suppress(ValueError):
+        if not accepted:
+            return text
+        if " | " in accepted:
+            choice = accepted.split(" | ")[accepted.lower().split(" | ").index(text.lower())]
+            return {"True": True, "False": False}.get(choice, choice)
+        low, high = accepted.split(", ")
+        number = float(text) if {".", "e"} & set(low) else int(text)
+        if float(low) <= number <= float(high):  # false for a NaN
+            return number
+    raise argparse.ArgumentTypeError(f"{name} is {text!r}, accepted is [{accepted}]")
+
+
+def parse_constants(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The constants at the top, overridden from the command line, each checked."""
+    parser = argparse.ArgumentParser(
+        usage="python m2n2_mnist.py [--constant VALUE ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    block = Path(__file__).read_text(encoding="utf-8").partition("\nclass ")[0]
+    lines = re.findall(r"^([A-Z_]+) = .*?  # (.+?)(?: \[(.+)\])?$", block, re.M)
+    for name, meaning, accepted in lines:
+        value, check = globals()[name], partial(checked, name, accepted)
+        text = f"{meaning} [{accepted}] (default: {value!r})"
+        parser.add_argument(flag(name), dest=name, type=check, default=str(value), help=text)
+    constants = parser.parse_args(argv)
+    if constants.RESUME and constants.RUNS > 1:
+        parser.error(f"RUNS is {constants.RUNS}, but RESUME goes on with one run")
+    return constants
+
+
+def flag(name: str) -> str:
+    return f"--{name.lower().replace('_', '-')}"
+
+
+def launch(constants: argparse.Namespace) -> Fabric:
+    """The device and, under torchrun, the processes; resolves ACCELERATOR and PRECISION."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    nodes = int(os.environ.get("WORLD_SIZE", 1)) // processes
+    with explained(f"ACCELERATOR is {constants.ACCELERATOR!r}", "Set it to 'auto' or 'cpu'."):
+        fabric = Fabric(accelerator=constants.ACCELERATOR, devices=processes, num_nodes=nodes)
+    fabric.launch()
+    constants.ACCELERATOR = fabric.device.type
+    if constants.PRECISION == "auto":  # bf16 where it is no emulation, which would be slower
+        units = torch.cpu.get_capabilities()
+        has_bf16 = any(units.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
+        if fabric.device.type == "cuda":
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        constants.PRECISION = "bf16-true" if has_bf16 else "32-true"
+    return fabric
+
+
+def train_specialists(data: MNISTDataModule, hidden_dim: int, fabric: Fabric) -> list[MLP]:
+    """Two MLPs, one trained for an epoch by gradient descent on digits 0 to 4, one on 5 to 9."""
+    extras = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    plain = {
+        "accelerator": "cpu",
+        "plugins": LightningEnvironment(),
+        **dict.fromkeys(extras, False),
+    }
+    models = []
+    for chosen in (data.train_labels < 5, data.train_labels > 4):
+        half = TensorDataset(data.train_images[chosen], data.train_labels[chosen])
+        models.append(MLP(data.image_size**2, hidden_dim))
+        trainer = Trainer(max_epochs=1, devices=1, **plain)
+        trainer.fit(models[-1], DataLoader(half, data.batch_size, shuffle=True))
+        set_params(models[-1], fabric.broadcast(get_params(models[-1])))
+    return models
+
+
+def run(
+    constants: argparse.Namespace, fabric: Fabric, data: MNISTDataModule, histories: list
+) -> tuple[float, int]:
+    """One experiment: its final test accuracy, and the signal that interrupted it or 0.
+
+    Its history is added to those of the runs before it, which are in its figure too.
+    """
+    values, state, place = vars(constants), None, (constants.OUTPUT_DIR, "m2n2_mnist")
+    if constants.RESUME:
+        state, folder = load_checkpoint(values), Path(constants.RESUME).absolute()
+        place = (folder.parent.parent, folder.parent.name, folder.name)
+    logger = CSVLogger(*place, flush_logs_every_n_steps=1)
+    folder = Path(logger.log_dir)
+    with explained(f"{folder} cannot be written", "Choose another OUTPUT_DIR."):
+        logger.log_hyperparams(values)
+
+    seed_everything(constants.SEED, verbose=False)
+    names = {field.name: field.name.upper() for field in fields(M2N2)}
+    settings = {name: values[constant] for name, constant in names.items() if constant in values}
+    if constants.START == "specialists":
+        settings |= {"mutation_std": 0.0, "final_mutation_std": 0.0}
+        settings["initial_models"] = train_specialists(data, constants.HIDDEN_DIM, fabric)
+    dtype = torch.bfloat16 if constants.PRECISION == "bf16-true" else torch.float32
+    m2n2 = M2N2(
+        MLP(constants.IMAGE_SIZE**2, constants.HIDDEN_DIM),
+        data.train_images.to(fabric.device, dtype),
+        data.train_labels.to(fabric.device),
+        data.test_images.to(fabric.device, dtype),
+        data.test_labels.to(fabric.device),
+        **settings,
+    )
+    if state:
+        m2n2.load_state_dict(state)
+        for row in m2n2.history:
+            logger.log_metrics(row, step=row["iteration"])
+
+    def save_checkpoint() -> None:
+        if fabric.is_global_zero:
+            state = {"constants": values, "m2n2": m2n2.state_dict()}
+            save_whole(state, folder / "checkpoint.pt")
+
+    def after_child(m2n2: M2N2) -> None:
+        if m2n2.history and m2n2.history[-1]["iteration"] == m2n2.iteration:
+            logger.log_metrics(m2n2.history[-1], step=m2n2.iteration)
+        if m2n2.iteration % constants.CHECKPOINT_EVERY == 0:
+            save_checkpoint()
+        if fabric.world_size > 1 and m2n2.iteration % 50 == 0:  # all stop at the same child
+            caught.append(int(fabric.all_reduce(torch.tensor(caught[-1]), reduce_op="max")))
+        m2n2.stop = caught[-1] > 0 and (fabric.world_size == 1 or m2n2.iteration % 50 == 0)
+
+    def interrupt(number: int, frame: object) -> None:
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+    caught, first, started = [0], m2n2.iteration, time.perf_counter()
+    save_checkpoint()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    fabric.print(
+        f"M2N2 on {fabric.device}, {constants.PRECISION}, {fabric.world_size} process(es); "
+        f"MLP of {m2n2.archive.shape[1]:,} parameters; {len(data.train_labels):,} + "
+        f"{len(data.test_labels):,} images from {constants.DATA_DIR}; seed {constants.SEED}",
+        flush=True,
+    )
+    m2n2.evolve(max(0, constants.ITERATIONS - first), constants.TEST_EVERY, after_child)
+    seconds, children = time.perf_counter() - started, m2n2.iteration - first
+    save_checkpoint()
+
+    best, unfinished = m2n2.best_model(), m2n2.iteration < constants.ITERATIONS
+    accuracy, ensemble = map(m2n2.test_accuracy, (get_params(best)[None], m2n2.archive))
+    niches = m2n2.train_hits().cpu() / data.train_labels.bincount()
+    histories.append(m2n2.history)
+    if fabric.is_global_zero:
+        save_whole(best.state_dict(), folder / "best_model.pt")
+        plot_evolution(histories, niches, folder / "evolution.png")
+        print(f"Test accuracy of the archive as an ensemble: {ensemble:.2%}")
+        print(f"{children:,} children in {seconds:.1f} s, {children / seconds:.1f} a second")
+        print(f"Files: {folder}")
+        if unfinished:
+            again = {**values, "RUNS": 1, "RESUME": str(folder)}
+            flags = [f"{flag(key)}={again[key]}" for key in again if again[key] != globals()[key]]
+            print(f"To go on: {shlex.join(['python', sys.argv[0], *flags])}")
+            print(f"Evolution interrupted at iteration {m2n2.iteration}.")
+        else:
+            print("Evolution finished.")
+        print(f"Final Test Accuracy of the best model: {accuracy:.2%}", flush=True)
+    return accuracy, caught[-1] if unfinished else 0
+
+
+def main() -> None:
+    """All runs of the experiment; what only the user can mend ends in one message."""
+    try:
+        constants = parse_constants()
+        fabric = launch(constants)
+        data = MNISTDataModule(constants.DATA_DIR, constants.IMAGE_SIZE)
+        with fabric.rank_zero_first():
+            data.prepare_data()
+        data.setup()
+        accuracies, histories = [], []
+        for seed in range(constants.SEED, constants.SEED + constants.RUNS):
+            constants.SEED = seed
+            accuracy, interruption = run(constants, fabric, data, histories)
+            accuracies.append(100 * accuracy)
+            if interruption:
+                sys.exit(128 + interruption)
+        if len(accuracies) > 1:
+            std, mean = torch.std_mean(torch.tensor(accuracies))
+            fabric.print(f"Mean Test Accuracy of {len(accuracies)} runs: {mean:.2f} ± {std:.2f}%")
+    except UserError as error:
+        sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

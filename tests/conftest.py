@@ -1,0 +1,107 @@
+"""Small MNIST-like data, the real one where it is unpacked, and the script as a user runs it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import m2n2_mnist as script  # noqa: E402
+from m2n2_mnist import M2N2, MLP  # noqa: E402
+
+torch.set_num_threads(1)  # the small tensors here gain nothing from more
+
+
+def idx(array: np.ndarray) -> bytes:
+    """The array as an IDX file: magic number, big-endian sizes, bytes."""
+    header = (0x0800 + array.ndim).to_bytes(4, "big")
+    return header + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
+
+
+def write_mnist(folder: Path, train: int = 300, test: int = 60, seed: int = 0) -> Path:
+    """Learnable stand-ins for the four files: digit d is a bright bar in row 2 d + 4, and noise."""
+    random, raw = np.random.default_rng(seed), folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split, examples in (("train", train), ("t10k", test)):
+        labels = (np.arange(examples) % 10).astype(np.uint8)
+        images = random.integers(0, 64, (examples, 28, 28), dtype=np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[2 * label + 4 : 2 * label + 6] = 255
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(idx(images))
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(idx(labels))
+    return folder
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    return write_mnist(tmp_path / "data")
+
+
+@pytest.fixture(scope="session")
+def real_mnist() -> Path:
+    """The folder with the real MNIST, unpacked as the README says."""
+    folder = Path(os.environ.get("MNIST_DIR", ROOT / "data"))
+    if not (folder / "MNIST" / "raw" / "train-images-idx3-ubyte").exists():
+        pytest.skip(f"the real MNIST is not unpacked in {folder}; MNIST_DIR may say where it is")
+    return folder.absolute()
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def small(**settings: object) -> list[str]:
+    """Command-line flags of a run of seconds on `write_mnist`'s data."""
+    defaults = {"iterations": 60, "test_every": 20, "checkpoint_every": 10, "image_size": 7}
+    defaults |= {"hidden_dim": 8, "archive_size": 5, "accelerator": "cpu"}
+    return [f"--{k.replace('_', '-')}={v}" for k, v in (defaults | settings).items()]
+
+
+def spawn(*flags: str, launcher: tuple[str, ...] = (), **options: object) -> subprocess.Popen:
+    """The script in a process of its own, in the current folder."""
+    command = [sys.executable, *launcher, str(ROOT / "m2n2_mnist.py"), *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **pipes | options)
+
+
+def run_script(*flags: str, **options: object) -> subprocess.CompletedProcess:
+    process = spawn(*flags, **options)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(flags, process.returncode, out, err)
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """The script's `main` in this process: returns exit code, standard output and error."""
+
+    def call(*flags: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["m2n2_mnist.py", *flags])
+        code = 0
+        try:
+            script.main()
+        except SystemExit as stop:
+            code = stop.code
+            if isinstance(code, str):  # sys.exit prints it and makes it a 1
+                print(code, file=sys.stderr)
+                code = 1
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def make_m2n2(
+    examples: int = 40, inputs: int = 6, hidden: int = 5, classes: int = 10, **settings: object
+) -> M2N2:
+    """An M2N2 on small random data that is learnable."""
+    random = torch.Generator().manual_seed(0)
+    images = torch.randn(examples, inputs, generator=random)
+    labels = (images @ torch.randn(inputs, classes, generator=random)).argmax(dim=1)
+    settings = {"archive_size": 4, "init_std": 0.5, "mutation_std": 0.1, "seed": 1} | settings
+    return M2N2(MLP(inputs, hidden, classes), images, labels, images, labels, **settings)

@@ -1,0 +1,70 @@
+"""Flat parameter vectors and SLERP."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from m2n2_mnist import MLP, get_params, set_params, slerp
+
+
+def test_mlp_of_the_paper() -> None:
+    model = MLP(64, 256, 10)
+    assert len(get_params(model)) == 19_210
+    images = torch.randn(7, 1, 8, 8)
+    hidden = np.maximum(
+        images.flatten(1).numpy() @ model.hidden.weight.detach().numpy().T
+        + model.hidden.bias.detach().numpy(),
+        0,
+    )
+    expected = hidden @ model.output.weight.detach().numpy().T + model.output.bias.detach().numpy()
+    np.testing.assert_allclose(model(images).detach().numpy(), expected, atol=1e-5)
+
+
+def test_params_round_trip_and_order() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    vector = torch.arange(11.0)
+    set_params(model, vector)
+    assert torch.equal(model[0].weight, torch.tensor([[0.0, 1, 2], [3, 4, 5]]))
+    assert torch.equal(model[1].bias, torch.tensor([10.0]))
+    assert torch.equal(get_params(model), vector) and not get_params(model).requires_grad
+    vector.zero_()
+    assert model[1].bias.item() == 10  # a copy, not a view
+
+
+@pytest.mark.parametrize("length", [0, 10, 12])
+def test_params_of_wrong_length(length: int) -> None:
+    with pytest.raises(ValueError, match="11 parameters"):
+        set_params(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)), torch.zeros(length))
+
+
+def test_slerp_by_hand() -> None:
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    third = torch.tensor([math.cos(math.pi / 6), math.sin(math.pi / 6)])
+    torch.testing.assert_close(slerp(1 / 3, a, b), third)
+    both = slerp(torch.tensor([0.0, 1.0]), a, 2 * b)  # one t for each parameter
+    torch.testing.assert_close(both, torch.tensor([1.0, 2.0]))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_slerp_properties(seed: int) -> None:
+    torch.manual_seed(seed)
+    a, b, t = torch.randn(50), torch.randn(50), torch.rand(()).item()
+    assert torch.equal(slerp(0, a, b), a) and torch.equal(slerp(1, a, b), b)
+    torch.testing.assert_close(slerp(t, a, b), slerp(1 - t, b, a))
+    a, b = a / a.norm(), b / b.norm()
+    middle = slerp(t, a, b)
+    assert middle.norm().item() == pytest.approx(1, abs=1e-5)
+    omega = math.acos(torch.dot(a, b))
+    assert math.acos(torch.dot(a, middle).clamp(-1, 1)) == pytest.approx(t * omega, abs=1e-3)
+
+
+@pytest.mark.parametrize("t", [0, 0.25, 0.5, 1, torch.rand(3)])
+def test_slerp_where_the_angle_is_of_no_use(t: float | torch.Tensor) -> None:
+    a, zero = torch.tensor([1.0, -2.0, 3.0]), torch.zeros(3)
+    for first, second in ((a, a), (a, 2 * a), (a, -a), (a, zero), (zero, a), (zero, zero)):
+        linear = (1 - t) * first + t * second
+        torch.testing.assert_close(slerp(t, first, second), linear, atol=1e-5, rtol=1e-5)
+    assert slerp(t, 1e30 * a, 1e30 * a.flip(0)).isfinite().all()
