@@ -15,6 +15,7 @@ on (competition), and mate with those who do well where they fail (attraction).
 import argparse
 import contextlib
 import io
+import logging
 import os
 import pickle
 import re
@@ -24,6 +25,8 @@ import socket
 import sys
 import tempfile
 import time
+import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import KW_ONLY, dataclass, fields
@@ -79,7 +82,7 @@ ACCELERATOR = "auto"  # where to compute [auto | cpu | cuda | mps]
 PRECISION = "auto"  # of the evaluation; auto: bf16 if in hardware [auto | bf16-true | 32-true]
 
 # A run may be resumed with others of these; any other makes it another experiment.
-FREE = ("RUNS", "ITERATIONS", "CHECKPOINT_EVERY", "RESUME", "OUTPUT_DIR")
+FREE = ("RUNS", "ITERATIONS", "CHECKPOINT_EVERY", "RESUME", "DATA_DIR", "OUTPUT_DIR")
 
 
 class UserError(Exception):
@@ -508,11 +511,14 @@ def save_whole(state: dict, path: Path) -> None:
     buffer, temporary = io.BytesIO(), path.with_suffix(".tmp")
     torch.save(state, buffer)
     with explained(f"{path} could not be written", "Make room, then RESUME the last checkpoint."):
-        temporary.write_bytes(buffer.getbuffer())
-        os.replace(temporary, path)
+        try:
+            temporary.write_bytes(buffer.getbuffer())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(constants: dict) -> dict:
+def load_checkpoint(constants: dict, checksum: int) -> dict:
     """M2N2's state in the run to RESUME; UserError unless whole and of the same experiment."""
     path, remedy = Path(constants["RESUME"], "checkpoint.pt"), "RESUME wants a run's folder."
     with explained(f"{path} is no whole checkpoint", remedy):
@@ -522,8 +528,11 @@ def load_checkpoint(constants: dict) -> dict:
             raise ValueError("damaged, or it could run code") from None
         state, before = checkpoint["m2n2"], checkpoint["constants"]
         changed = [key for key in before if key not in FREE and before[key] != constants[key]]
+        same_data = checkpoint["data"] == checksum
     for key in changed:
         raise UserError(f"{key} is {constants[key]!r}, but {before[key]!r} in the run to RESUME.")
+    if not same_data:
+        raise UserError("DATA_DIR holds other images than it did in the run to RESUME.")
     return state
 
 
@@ -617,6 +626,8 @@ def launch(constants: argparse.Namespace) -> Fabric:
 
 def train_specialists(data: MNISTDataModule, hidden_dim: int, fabric: Fabric) -> list[MLP]:
     """Two MLPs, one trained for an epoch by gradient descent on digits 0 to 4, one on 5 to 9."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
     extras = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     plain = {
         "accelerator": "cpu",
@@ -641,8 +652,9 @@ def run(
     Its history is added to those of the runs before it, which are in its figure too.
     """
     values, state, place = vars(constants), None, (constants.OUTPUT_DIR, "m2n2_mnist")
+    checksum = zlib.crc32(data.train_images.numpy())
     if constants.RESUME:
-        state, folder = load_checkpoint(values), Path(constants.RESUME).absolute()
+        state, folder = load_checkpoint(values, checksum), Path(constants.RESUME)
         place = (folder.parent.parent, folder.parent.name, folder.name)
     logger = CSVLogger(*place, flush_logs_every_n_steps=1)
     folder = Path(logger.log_dir)
@@ -671,7 +683,7 @@ def run(
 
     def save_checkpoint() -> None:
         if fabric.is_global_zero:
-            state = {"constants": values, "m2n2": m2n2.state_dict()}
+            state = {"constants": values, "data": checksum, "m2n2": m2n2.state_dict()}
             save_whole(state, folder / "checkpoint.pt")
 
     def after_child(m2n2: M2N2) -> None:
@@ -697,6 +709,8 @@ def run(
         f"{len(data.test_labels):,} images from {constants.DATA_DIR}; seed {constants.SEED}",
         flush=True,
     )
+    if first >= constants.ITERATIONS:
+        fabric.print(f"Already finished, at iteration {first:,} of {constants.ITERATIONS:,}.")
     m2n2.evolve(max(0, constants.ITERATIONS - first), constants.TEST_EVERY, after_child)
     seconds, children = time.perf_counter() - started, m2n2.iteration - first
     save_checkpoint()

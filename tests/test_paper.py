@@ -1,7 +1,7 @@
 """The paper's own data, slow: scikit-learn's 8x8 digits, as Experiment 1 has them.
 
-    python -m pytest tests/test_paper.py -m slow -s          # the test: five seeds
-    python tests/test_paper.py --seeds 10                     # the README's table: ten seeds
+python -m pytest tests/test_paper.py -m slow -s          # the test: five seeds
+python tests/test_paper.py --seeds 10                     # the README's table: ten seeds
 """
 
 import argparse
@@ -22,7 +22,6 @@ METHODS = {  # the paper's names and what they change
     "without split point": {"use_split_point": False},
     "without attraction": {"use_attraction": False},
     "GA": {"alpha": 0.0, "use_attraction": False},
-    "GA without crossover": {"alpha": 0.0, "use_attraction": False, "use_crossover": False},
 }
 PAPER = {  # all else that Experiment 1 sets
     "archive_size": 20,

@@ -1,0 +1,77 @@
+"""Real processes under torchrun against one process, and a process that dies."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+from conftest import small, spawn, write_mnist
+from test_script import RUN, checkpoint, rows
+
+# Random ports, so that tests may run beside each other.
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
+
+
+def run_processes(processes: int, *flags: str) -> tuple[int, str, str]:
+    process = spawn(*flags, launcher=(*TORCHRUN, str(processes)))
+    out, error = process.communicate(timeout=300)
+    return process.returncode, out, error
+
+
+def test_same_archive_as_one_process(tmp_path: Path, main) -> None:
+    """2 and 3 processes, 301 examples, 300 children.
+
+    Not with 0/1 scores: they make ties, which the rounding of another order of sums may decide.
+    """
+    data = write_mnist(tmp_path / "data", train=301)
+    flags = small(data_dir=data, iterations=300, test_every=100, precision="32-true")
+    main(*flags)
+    one, history = checkpoint(RUN)["m2n2"], rows(RUN)
+    for processes in (2, 3):
+        code, out, error = run_processes(processes, *flags, f"--output-dir=runs-{processes}")
+        assert code == 0, error
+        assert out.count("Evolution finished.") == 1  # only one process prints
+        assert f"{processes} process(es)" in out
+        assert os.listdir(f"runs-{processes}/m2n2_mnist") == ["version_0"]
+        folder = f"runs-{processes}" / RUN.relative_to("runs")
+        torch.testing.assert_close(checkpoint(folder)["m2n2"]["archive"], one["archive"])
+        for row, expected in zip(rows(folder), history, strict=True):
+            assert {k: float(v) for k, v in row.items()} == pytest.approx(
+                {k: float(v) for k, v in expected.items()}, rel=1e-5
+            )
+
+
+def test_interrupted_and_resumed(data_dir: Path, main) -> None:
+    """All processes stop at the same child; one process can go on."""
+    flags = small(data_dir=data_dir, iterations=100_000, precision="32-true")
+    process = spawn(*flags, launcher=(*TORCHRUN, "2"))
+    wait_for_checkpoint(process)
+    process.send_signal(signal.SIGTERM)  # which torchrun passes on
+    out, error = process.communicate(timeout=120)
+    assert process.returncode != 0 and "Evolution interrupted at iteration" in out, error
+    iteration = checkpoint(RUN)["m2n2"]["iteration"]
+    assert iteration % 50 == 0
+    flags[0] = f"--iterations={iteration + 100}"
+    code, out, _ = main(*flags, f"--resume={RUN}")
+    assert code == 0 and "100 children in" in out
+
+
+def test_a_process_that_dies_ends_the_run(data_dir: Path) -> None:
+    process = spawn(*small(data_dir=data_dir, iterations=10**7), launcher=(*TORCHRUN, "2"))
+    wait_for_checkpoint(process)
+    children = f"/proc/{process.pid}/task/{process.pid}/children"
+    workers = [int(pid) for pid in Path(children).read_text().split()]
+    os.kill(workers[-1], signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode != 0 and "SIGKILL" in error
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert checkpoint(RUN)["m2n2"]["iteration"] >= 0  # whole
+
+
+def wait_for_checkpoint(process: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while not (RUN / "checkpoint.pt").exists() or checkpoint(RUN)["m2n2"]["iteration"] < 100:
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.05)
