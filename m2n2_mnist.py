@@ -55,24 +55,24 @@ SEED = 42  # seed of the first run [0, 4294967295]
 RUNS = 1  # how often to repeat the experiment, with consecutive seeds [1, inf]
 ITERATIONS = 50_000  # children evaluated in a run, which is forward passes [1, inf]
 TEST_EVERY = 1_000  # iterations between two rows of metrics.csv [1, inf]
-CHECKPOINT_EVERY = 5_000  # iterations between two checkpoints [1, inf]
+CHECKPOINT_EVERY = 2_500  # iterations between two checkpoints [1, inf]
 RESUME = ""  # folder of an interrupted run to go on with, runs/m2n2_mnist/version_3; "" for none
 DATA_DIR = "data"  # folder that holds MNIST, or gets it downloaded
 OUTPUT_DIR = "runs"  # folder that gets m2n2_mnist/version_N for each run
 
 # Model and data
 IMAGE_SIZE = 10  # pixels a side: 28 is MNIST as it is, less is an area average [1, 28]
-HIDDEN_DIM = 32  # hidden units of the MLP [1, inf]
+HIDDEN_DIM = 128  # hidden units of the MLP [1, inf]
 
 # M2N2
-START = "scratch"  # or digits 0-4 and 5-9 learnt by gradient, no mutation [scratch | specialists]
+START = "scratch"  # or trained on digits 0-4 and 5-9, then no mutation [scratch | specialists]
 ARCHIVE_SIZE = 10  # models in the archive, K; the paper's 20 [2, inf]
-SCORE = "probability"  # of the true class, or the paper's 0/1 [probability | correct]
-TEMPERATURE = 2.0  # of the softmax of that probability; more is smoother [0.001, 1000.0]
+SCORE = "probability"  # that of the true class, or the paper's 0/1 [probability | correct]
+TEMPERATURE = 0.67  # of the softmax of the probability; higher is smoother [0.001, 1000.0]
 ALPHA = 1.0  # competition: 1 shares each example among its models, 0 is a plain GA [0.0, 3.0]
 INIT_STD = 0.01  # standard deviation of the two random models at the start [1e-12, 1e+30]
-MUTATION_STD = 0.01  # standard deviation of the mutation at the start of a run [0.0, 1e+30]
-FINAL_MUTATION_STD = 0.0005  # the same at its end; the paper's is constant [0.0, 1e+30]
+MUTATION_STD = 0.008  # standard deviation of the mutation at the start of a run [0.0, 1e+30]
+FINAL_MUTATION_STD = 0.0007  # the same at its end; the paper's is constant [0.0, 1e+30]
 USE_CROSSOVER = True  # False: a child is a mutated copy of its first parent [True | False]
 USE_SPLIT_POINT = True  # False: one SLERP over the whole vector [True | False]
 USE_ATTRACTION = True  # False: both parents are drawn by fitness [True | False]
@@ -339,6 +339,7 @@ class M2N2:
     def _captured_step(self) -> Callable[[], None]:
         """`_step` as a CUDA graph, captured once: each replay is a single launch."""
         state, stream = self.state_dict(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # CUDA wants a few rounds beside the main stream first
             for _ in range(3):
                 self._step()
@@ -530,9 +531,10 @@ def load_checkpoint(constants: dict, checksum: int) -> dict:
         changed = [key for key in before if key not in FREE and before[key] != constants[key]]
         same_data = checkpoint["data"] == checksum
     for key in changed:
-        raise UserError(f"{key} is {constants[key]!r}, but {before[key]!r} in the run to RESUME.")
+        was = f"{before[key]!r} in the run to RESUME"
+        raise UserError(f"{key} is {constants[key]!r}, but {was}. Set it so, or start afresh.")
     if not same_data:
-        raise UserError("DATA_DIR holds other images than it did in the run to RESUME.")
+        raise UserError("DATA_DIR holds other images than the run to RESUME had. Start afresh.")
     return state
 
 
@@ -558,7 +560,7 @@ def plot_evolution(histories: Sequence[list[dict]], niches: Tensor, path: Path) 
     title = f"Evolution, mean ± SD of {runs} runs" if runs > 1 else "Evolution"
     left.set(xlabel="children evaluated", ylabel="examples (%)", title=title)
     left.legend(loc="lower right")
-    image = right.imshow(100 * niches, aspect="auto", cmap="cividis")
+    image = right.imshow(100 * niches.numpy(), aspect="auto", cmap="cividis")
     right.set(xlabel="digit", ylabel="archive member", title="Niches", xticks=range(10))
     figure.colorbar(image, label="training accuracy (%)")
     with explained(f"{path} could not be written", "All the other files of this run were."):
@@ -585,17 +587,15 @@ def checked(name: str, accepted: str, text: str) -> object:
 
 def parse_constants(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The constants at the top, overridden from the command line, each checked."""
+    layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        usage="python m2n2_mnist.py [--constant VALUE ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        None, "%(prog)s [--constant VALUE]...", __doc__, formatter_class=layout, allow_abbrev=False
     )
     block = Path(__file__).read_text(encoding="utf-8").partition("\nclass ")[0]
-    lines = re.findall(r"^([A-Z_]+) = .*?  # (.+?)(?: \[(.+)\])?$", block, re.M)
+    lines = re.findall(r"^([A-Z_]+) = .*?  # (.+?(?: \[(.+)\])?)$", block, re.M)
     for name, meaning, accepted in lines:
         value, check = globals()[name], partial(checked, name, accepted)
-        text = f"{meaning} [{accepted}] (default: {value!r})"
+        text = f"{meaning} (default: {value!r})"
         parser.add_argument(flag(name), dest=name, type=check, default=str(value), help=text)
     constants = parser.parse_args(argv)
     if constants.RESUME and constants.RUNS > 1:
@@ -629,16 +629,12 @@ def train_specialists(data: MNISTDataModule, hidden_dim: int, fabric: Fabric) ->
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     extras = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    plain = {
-        "accelerator": "cpu",
-        "plugins": LightningEnvironment(),
-        **dict.fromkeys(extras, False),
-    }
+    quiet, alone = dict.fromkeys(extras, False), LightningEnvironment()
     models = []
     for chosen in (data.train_labels < 5, data.train_labels > 4):
         half = TensorDataset(data.train_images[chosen], data.train_labels[chosen])
         models.append(MLP(data.image_size**2, hidden_dim))
-        trainer = Trainer(max_epochs=1, devices=1, **plain)
+        trainer = Trainer(accelerator="cpu", devices=1, plugins=alone, max_epochs=1, **quiet)
         trainer.fit(models[-1], DataLoader(half, data.batch_size, shuffle=True))
         set_params(models[-1], fabric.broadcast(get_params(models[-1])))
     return models
@@ -742,7 +738,7 @@ def main() -> None:
         constants = parse_constants()
         fabric = launch(constants)
         data = MNISTDataModule(constants.DATA_DIR, constants.IMAGE_SIZE)
-        with fabric.rank_zero_first():
+        with fabric.rank_zero_first(local=True):
             data.prepare_data()
         data.setup()
         accuracies, histories = [], []

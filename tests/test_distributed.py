@@ -6,6 +6,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import small, spawn, write_mnist
 from test_script import RUN, checkpoint, rows

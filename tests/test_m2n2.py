@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_m2n2
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from m2n2_mnist import M2N2, MLP, get_params
 
@@ -351,6 +352,31 @@ def test_bad_arguments() -> None:
     for bad in ({"archive_size": 1}, {"score": "accuracy"}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             make_m2n2(**bad)
+
+
+class NoHostWait(TorchDispatchMode):
+    """Fails on the operations that make the host wait for the device's values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "multinomial", "_unique2")
+        assert func._opname not in waits, func
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("score", ["correct", "probability"])
+@pytest.mark.parametrize("switch", ["use_crossover", "use_split_point", "use_attraction", "none"])
+def test_an_iteration_never_waits_for_the_device(score: str, switch: str) -> None:
+    """What makes it fit for capture as a CUDA graph: no host wait, and all state in place."""
+    m2n2 = make_m2n2(score=score, **({} if switch == "none" else {switch: False}))
+    with pytest.raises(AssertionError), NoHostWait():
+        m2n2._scores.sum().item()  # the check itself works
+    state = [value for value in vars(m2n2).values() if isinstance(value, torch.Tensor)]
+    state = {t.data_ptr() for t in state if t is not m2n2._shares}
+    with NoHostWait():
+        for _ in range(3):
+            m2n2._step()
+    after = [value for value in vars(m2n2).values() if isinstance(value, torch.Tensor)]
+    assert {t.data_ptr() for t in after if t is not m2n2._shares} == state
 
 
 def test_memory_does_not_grow_with_the_iterations() -> None:
