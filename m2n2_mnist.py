@@ -2,7 +2,7 @@
 
 @CLAIM@
 
-It is Model Merging of Natural Niches, Experiment 1 of "Competition and Attraction Improve Model
+This is Model Merging of Natural Niches, Experiment 1 of "Competition and Attraction Improve Model
 Fusion" (Abrantes, Lange, Tang; arXiv:2508.16204), on the real MNIST: children merge two parents
 around a random split point (evolving merging boundaries), models share the examples they do well
 on (competition), and mate with those who do well where they fail (attraction).
@@ -184,15 +184,15 @@ class MNISTDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download the files that are missing, if any; each gets its name only when whole."""
-        missing = [name for name in IDX_FILES if not (self.raw_dir / name).exists()]
-        if not missing:
-            return
         socket.setdefaulttimeout(30)  # seconds of silence; torchvision would wait for ever
         with explained(
             "MNIST could not be downloaded",
             f"Try again, or put the four unpacked files {', '.join(IDX_FILES)} into {self.raw_dir},"
             " or point DATA_DIR at the folder whose MNIST/raw holds them.",
         ):
+            missing = [name for name in IDX_FILES if not (self.raw_dir / name).exists()]
+            if not missing:
+                return
             self.raw_dir.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.raw_dir) as folder:
                 MNIST(folder, download=True)
@@ -551,14 +551,14 @@ def plot_evolution(histories: Sequence[list[dict]], niches: Tensor, path: Path) 
     figure = Figure(figsize=(7.2, 2.9), layout="constrained")
     left, right = figure.subplots(1, 2)
     rows, runs = min(map(len, histories)), len(histories)
-    children = [row["iteration"] for row in histories[0][:rows]]
+    children = [row["iteration"] / 1_000 for row in histories[0][:rows]]
     for key, label in (("coverage", "archive coverage"), ("test_acc", "best model, test accuracy")):
         values = 100 * torch.tensor([[row[key] for row in history[:rows]] for history in histories])
         mean, std = values.mean(dim=0), values.std(dim=0, correction=min(1, runs - 1))
         (line,) = left.plot(children, mean, label=label)
         left.fill_between(children, mean - std, mean + std, color=line.get_color(), alpha=0.3)
     title = f"Evolution, mean ± SD of {runs} runs" if runs > 1 else "Evolution"
-    left.set(xlabel="children evaluated", ylabel="examples (%)", title=title)
+    left.set(xlabel="children evaluated (thousands)", ylabel="examples (%)", title=title)
     left.legend(loc="lower right")
     image = right.imshow(100 * niches.numpy(), aspect="auto", cmap="cividis")
     right.set(xlabel="digit", ylabel="archive member", title="Niches", xticks=range(10))
@@ -653,8 +653,8 @@ def run(
         state, folder = load_checkpoint(values, checksum), Path(constants.RESUME)
         place = (folder.parent.parent, folder.parent.name, folder.name)
     logger = CSVLogger(*place, flush_logs_every_n_steps=1)
-    folder = Path(logger.log_dir)
-    with explained(f"{folder} cannot be written", "Choose another OUTPUT_DIR."):
+    with explained(f"{Path(*place)} cannot be written", "Choose another OUTPUT_DIR."):
+        folder = Path(logger.log_dir)
         logger.log_hyperparams(values)
 
     seed_everything(constants.SEED, verbose=False)
@@ -751,7 +751,7 @@ def main() -> None:
         if len(accuracies) > 1:
             std, mean = torch.std_mean(torch.tensor(accuracies))
             fabric.print(f"Mean Test Accuracy of {len(accuracies)} runs: {mean:.2f} ± {std:.2f}%")
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -132,11 +132,36 @@ def test_unreadable(data_dir: Path, main) -> None:
     path.mkdir()
     code, _, error = main(*small(data_dir=data_dir))
     assert code == 1 and str(path) in error and "Is a directory" in error
-    if os.geteuid():  # root may read all
-        path.rmdir()
-        path.touch(mode=0)
-        code, _, error = main(*small(data_dir=data_dir))
-        assert code == 1 and str(path) in error and "Permission denied" in error
+
+
+@pytest.fixture
+def not_root(tmp_path: Path) -> Iterator[None]:
+    """Root may read and write everything: become nobody for the test."""
+    root = os.geteuid() == 0
+    if root:
+        for folder in (tmp_path, *tmp_path.parents[:2]):
+            folder.chmod(0o755)
+        os.seteuid(65534)
+    yield
+    if root:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("closed", ["file", "folder", "output", "new"])
+def test_no_permission(data_dir: Path, main, not_root: None, closed: str) -> None:
+    user = os.geteuid()
+    os.seteuid(os.getuid())
+    raw = data_dir / "MNIST" / "raw"
+    if closed == "new":
+        data_dir = data_dir / "new"  # in a folder that only its owner may write
+    elif closed != "output":
+        (raw / NAMES[0] if closed == "file" else raw).chmod(0)
+    os.seteuid(user)
+    if user == os.getuid() and closed in ("output", "new"):
+        data_dir.parent.chmod(0o500)
+    code, _, error = main(*small(data_dir=data_dir, output_dir=data_dir / "runs"))
+    assert code == 1 and "Permission denied" in error and "Traceback" not in error
+    assert ("OUTPUT_DIR" if closed == "output" else "DATA_DIR") in error and str(data_dir) in error
 
 
 # The download, from a server of our own in place of torchvision's mirrors.

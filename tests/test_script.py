@@ -357,7 +357,9 @@ def test_checkpoint_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mo
     path = tmp_path / "checkpoint.pt"
     script.save_whole({"a": 1}, path)
 
-    def fail(*_: object) -> None:
+    def fail(self: Path, content: bytes) -> None:
+        with open(self, "wb") as file:
+            file.write(content[:10])
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", fail)
