@@ -242,6 +242,12 @@ def test_evolve_goes_on_where_it_stopped() -> None:
     assert torch.equal(whole.scores, resumed.scores)
 
 
+def test_empty_slots_stay_empty_in_a_checkpoint() -> None:
+    one, two = make_m2n2(archive_size=8), make_m2n2(archive_size=8, seed=2)
+    two.load_state_dict(one.state_dict())
+    assert torch.equal(one.scores, two.scores) and (two.scores.sum(dim=1) == 0).sum() >= 6
+
+
 def test_history_rows() -> None:
     m2n2 = make_m2n2(score="correct")
     m2n2.evolve(50, test_every=50)
