@@ -314,22 +314,24 @@ class M2N2:
         """
         end, self.stop = self.iteration + iterations, False
         self._last_child.fill_(end)
-        step = self._captured_step() if self._weights.is_cuda else self._step
+        step, capture_at = self._step, self.iteration + 3  # CUDA wants a few ordinary steps first
         with tqdm(
             desc="Evolving Models", total=end, initial=self.iteration, disable=not self._is_main
         ) as bar:
             while self.iteration < end and not self.stop:
+                if self._weights.is_cuda and self.iteration == capture_at:
+                    step = self._captured_step()
                 step()
                 self.iteration += 1
                 bar.update()
                 if self.iteration % test_every == 0 or self.iteration == end:
-                    row = self._measure(test_every)
+                    row = self._measure()
                     self.history.append(row)
                     fitness, accuracy = f"{row['best_fitness']:.1f}", f"{row['test_acc']:.2%}"
                     bar.set_postfix(best_fitness=fitness, test_acc=accuracy)
                 after_child(self)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _step(self) -> None:
         """One child, from its parents to its place in the archive; the host waits for nothing."""
         first, second = self._select_parents()
@@ -339,13 +341,6 @@ class M2N2:
 
     def _captured_step(self) -> Callable[[], None]:
         """`_step` as a CUDA graph, captured once: each replay is a single launch."""
-        state, stream = self.state_dict(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # CUDA wants a few rounds beside the main stream first
-            for _ in range(3):
-                self._step()
-        stream.synchronize()
-        self.load_state_dict(state)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self._generator)
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -405,13 +400,16 @@ class M2N2:
     def _score(self, params: Tensor) -> Tensor:
         """s_j `(examples,)` of a model: softmax(logits / temperature) of the true class, or 0/1.
 
-        NaN where the model overflows.
+        Right (1) is a model whose logit of the true class alone is the highest. NaN where it
+        overflows.
         """
-        logits = self._logits(params, self.train_images)
+        logits, labels = self._logits(params, self.train_images), self.train_labels[None]
         if self.score == "probability":
-            return self._softmax(logits).gather(0, self.train_labels[None])[0]
-        best, predictions = logits.max(dim=0)
-        return torch.where(best.isfinite(), predictions == self.train_labels, torch.nan)
+            return self._softmax(logits).gather(0, labels)[0]
+        logits = logits.float()
+        own = logits.gather(0, labels)[0]
+        margin = own - logits.scatter_(0, labels, -torch.inf).amax(dim=0)  # max finds indices too
+        return (margin > 0) + 0 * margin  # 0 * inf is NaN
 
     def _evaluate(self, child: Tensor) -> None:
         """Put the child `(params,)` and its scores into their place, row K."""
@@ -445,11 +443,12 @@ class M2N2:
             dist.all_reduce(values)
         return values
 
-    def _measure(self, test_every: int) -> dict[str, float]:
+    def _measure(self) -> dict[str, float]:
         """A row of `history`. A member covers an example by a score above 1/2."""
+        children = self.iteration - (self.history[-1]["iteration"] if self.history else 0)
         hits = self.train_hits().sum(dim=1)  # (archive,)
         covered = self._sum((self.scores.amax(dim=0) > 0.5).sum())
-        accepted, children = self._accepted.item(), (self.iteration - 1) % test_every + 1
+        accepted = self._accepted.item()
         self._accepted.zero_()
         return {
             "iteration": self.iteration,
