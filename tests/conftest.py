@@ -96,9 +96,7 @@ def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     return call
 
 
-def make_m2n2(
-    examples: int = 40, inputs: int = 6, hidden: int = 5, classes: int = 10, **settings: object
-) -> M2N2:
+def make_m2n2(examples: int = 40, inputs: int = 6, hidden: int = 5, classes: int = 10, **settings: object) -> M2N2:
     """An M2N2 on small random data that is learnable."""
     random = torch.Generator().manual_seed(0)
     images = torch.randn(examples, inputs, generator=random)

@@ -42,16 +42,12 @@ def test_tensors(data_dir: Path, size: int) -> None:
         block = 28 // size
         raw = raw.reshape(60, size, block, size, block).mean(axis=(2, 4))
         test = data.test_images[:, 0].double().numpy()
-        difference = (raw - raw[0]) / np.where(
-            np.abs(test - test[0]) < 1e-3, np.nan, test - test[0]
-        )
+        difference = (raw - raw[0]) / np.where(np.abs(test - test[0]) < 1e-3, np.nan, test - test[0])
         scale = np.nanmedian(difference)  # the training set's standard deviation, one for all
         np.testing.assert_allclose(test - test[0], (raw - raw[0]) / scale, atol=1e-3)
 
 
-def test_nothing_is_fetched_where_the_files_are(
-    data_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_fetched_where_the_files_are(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MNIST, "download", lambda self: pytest.fail("it tried to download"))
     load(data_dir)
 

@@ -15,8 +15,7 @@ def test_mlp_of_the_paper() -> None:
     assert len(get_params(model)) == 19_210
     images = torch.randn(7, 1, 8, 8)
     hidden = np.maximum(
-        images.flatten(1).numpy() @ model.hidden.weight.detach().numpy().T
-        + model.hidden.bias.detach().numpy(),
+        images.flatten(1).numpy() @ model.hidden.weight.detach().numpy().T + model.hidden.bias.detach().numpy(),
         0,
     )
     expected = hidden @ model.output.weight.detach().numpy().T + model.output.bias.detach().numpy()
