@@ -1,6 +1,7 @@
 """The equations of M2N2 against plain NumPy loops, and what must hold of any run."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -164,6 +165,13 @@ def test_scores_are_those_of_the_model(score: str) -> None:
     np.testing.assert_allclose(m2n2._scores[-1], expected, atol=1e-5)
 
 
+def test_a_tie_for_the_highest_logit_is_wrong() -> None:
+    """Or a model whose logits are all equal would be right everywhere."""
+    m2n2 = make_m2n2(score="correct")
+    m2n2._evaluate(torch.zeros_like(m2n2.archive[0]))
+    assert not m2n2._scores[-1].any()
+
+
 def reference_update(models: np.ndarray, scores: np.ndarray, alpha: float) -> int:
     """Index of the row that goes, the child being the last: of equals the first."""
     fitness = list(reference_fitness(scores, alpha))
@@ -259,6 +267,22 @@ def test_history_rows() -> None:
     for j, label in enumerate(m2n2.train_labels):
         hits[:, label] += m2n2.scores[:, j]
     assert torch.equal(m2n2.train_hits().float(), hits)
+
+
+def test_acceptance_is_that_of_the_children_since_the_last_row() -> None:
+    m2n2, accepted = make_m2n2(), []
+    archive = m2n2.archive.clone()
+
+    def after_child(m2n2: M2N2) -> None:
+        accepted.append(not torch.equal(archive, m2n2.archive))
+        archive.copy_(m2n2.archive)
+
+    m2n2.evolve(50, 20, after_child)
+    m2n2.evolve(30, 20, after_child)  # beyond its end, from a row of half the distance on
+    rows = [0, *(row["iteration"] for row in m2n2.history)]
+    assert rows == [0, 20, 40, 50, 60, 80]
+    shares = [sum(accepted[a:b]) / (b - a) for a, b in pairwise(rows)]
+    assert [row["acceptance"] for row in m2n2.history] == pytest.approx(shares)
 
 
 def test_best_model_is_the_best_member_on_training_data() -> None:
