@@ -1,6 +1,7 @@
 """Real processes under torchrun against one process, and a process that dies."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -34,6 +35,7 @@ def test_same_archive_as_one_process(tmp_path: Path, main) -> None:
         code, out, error = run_processes(processes, *flags, f"--output-dir=runs-{processes}")
         assert code == 0, error
         assert out.count("Evolution finished.") == 1  # only one process prints
+        assert len(re.findall(r"Evolving Models: +0%", error)) == 1
         assert f"{processes} process(es)" in out
         assert os.listdir(f"runs-{processes}/m2n2_mnist") == ["version_0"]
         folder = f"runs-{processes}" / RUN.relative_to("runs")

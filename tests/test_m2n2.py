@@ -245,6 +245,8 @@ def test_evolve_goes_on_where_it_stopped() -> None:
     resumed.evolve(60, test_every=25)
     assert torch.equal(whole.archive, resumed.archive) and whole.history == resumed.history
     assert torch.equal(whole.scores, resumed.scores)
+    halves.evolve(10)
+    assert halves.iteration == 50
 
 
 def test_empty_slots_stay_empty_in_a_checkpoint() -> None:
@@ -385,7 +387,7 @@ class NoHostWait(TorchDispatchMode):
     """Fails on the operations that make the host wait for the device's values."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "multinomial", "_unique2")
+        waits = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "equal", "multinomial", "_unique2")
         assert func._opname not in waits, func
         return func(*args, **kwargs or {})
 
@@ -395,8 +397,9 @@ class NoHostWait(TorchDispatchMode):
 def test_an_iteration_never_waits_for_the_device(score: str, switch: str) -> None:
     """What makes it fit for capture as a CUDA graph: no host wait, and all state in place."""
     m2n2 = make_m2n2(score=score, **({} if switch == "none" else {switch: False}))
-    with pytest.raises(AssertionError), NoHostWait():
-        m2n2._scores.sum().item()  # the check itself works
+    for mode in (torch.no_grad, torch.inference_mode):  # the check itself works
+        with pytest.raises(AssertionError), NoHostWait(), mode():
+            m2n2._scores.sum().item()
     state = [value for value in vars(m2n2).values() if isinstance(value, torch.Tensor)]
     state = {t.data_ptr() for t in state if t is not m2n2._shares}
     with NoHostWait():
