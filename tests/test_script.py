@@ -47,7 +47,7 @@ def same_end(one: Path, two: Path) -> None:
 
 
 def test_output_and_files(data_dir: Path) -> None:
-    run = run_script(*small(data_dir=data_dir))
+    run = run_script(*small(data_dir=data_dir), env={**os.environ, "COLUMNS": "80"})
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
     assert "MLP of 490 parameters; 300 + 60 images" in lines[0] and "seed 42" in lines[0]
