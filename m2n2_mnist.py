@@ -1,9 +1,9 @@
 """M2N2 on MNIST: classifiers evolved from scratch, without a gradient, by merging models.
 
 It reaches 96.47 ± 0.16 % test accuracy (mean ± SD of seeds 42 to 44) with 50,000 forward passes of an MLP 100-96-10,
-in 6 to 9 minutes on 2 cores of an AMD EPYC with bf16. This is Model Merging of Natural Niches, Experiment 1 of "Competition
-and Attraction Improve Model Fusion" (Abrantes, Lange, Tang; arXiv:2508.16204), on the real MNIST: children merge two
-parents around a random split point (evolving merging boundaries), models share the examples they do well on
+in 6 to 9 minutes on 2 cores of an AMD EPYC with bf16. This is Model Merging of Natural Niches, Experiment 1 of
+"Competition and Attraction Improve Model Fusion" (Abrantes, Lange, Tang; arXiv:2508.16204), on the real MNIST: children
+merge two parents around a random split point (evolving merging boundaries), models share the examples they do well on
 (competition), and mate with those who do well where they fail (attraction).
 
     python m2n2_mnist.py                              # the experiment of the constants below
