@@ -624,6 +624,7 @@ def run(constants: argparse.Namespace, fabric: Fabric, data: MNISTDataModule, hi
         fabric.print(f"To go on: {shlex.join(['python', *sys.argv, *flags])}")
     fabric.print(f"Evolution interrupted at iteration {m2n2.iteration}." if interrupted else "Evolution finished.")
     fabric.print(f"Final Test Accuracy of the best model: {accuracy:.2%}", flush=True)
+    fabric.barrier()  # torchrun ends the others when the first leaves with an error code
     return accuracy, caught[-1] if interrupted else 0
 
 
