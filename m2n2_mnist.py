@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import io
 import logging
+import math
 import os
 import re
 import shlex
@@ -31,6 +32,7 @@ from dataclasses import KW_ONLY, dataclass, fields
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -105,16 +107,14 @@ def set_params(model: nn.Module, params: Tensor) -> None:
 
 
 def slerp(t: float | Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Spherical interpolation sin((1 - t) Ω) / sin Ω · a + sin(t Ω) / sin Ω · b, `(params,)`.
+    """Spherical interpolation sin((1 - t) Ω) / sin Ω · a + sin(t Ω) / sin Ω · b, `(params,)`; Ω is their angle.
 
-    Ω is the angle between a and b; `t` a number, one for each parameter, or of any shape that broadcasts with them.
-    Linear where sin Ω is tiny or undefined: parallel, opposite, zero vectors.
+    `t` is a number or one for each parameter. Parallel, opposite and zero vectors are interpolated linearly.
     """
-    omega = torch.acos((torch.dot(a, b) / (a.norm() * b.norm())).clamp(-1, 1))
-    # Float32 resolves no smaller angle, and 1e-4 is as good as linear; false for NaN.
-    omega = torch.where(omega.sin() > 1e-3, omega, 1e-4)
-    weight_a, weight_b = ((u * omega).sin() / omega.sin() for u in (1 - t, t))
-    return weight_a * a + weight_b * b
+    omega = torch.acos(torch.dot(a, b) / (a.norm() * b.norm()))  # NaN of zero vectors, or of a cosine beyond 1
+    omega = torch.where(omega.sin() > 1e-3, omega, 1e-4)  # float32 resolves no smaller angle; 1e-4 is linear
+    sin = omega.sin()
+    return ((1 - t) * omega).sin() / sin * a + (t * omega).sin() / sin * b
 
 
 # --- Model ---
@@ -126,9 +126,11 @@ class MLP(LightningModule):
         self.hidden, self.output = nn.Linear(input_dim, hidden_dim), nn.Linear(hidden_dim, output_dim)
 
     def forward(self, images: Tensor) -> Tensor:
-        hidden = self.hidden(images.flatten(1)).relu_()
+        # relu(x + b) = max(x, -b) + b, and that + b moves on into the output's bias: memory is passed over less often.
+        hidden = (images.flatten(1) @ self.hidden.weight.T).clamp_(min=-self.hidden.bias)
+        bias = torch.addmv(self.output.bias, self.output.weight, self.hidden.bias)
         # (classes, examples) in memory: a softmax over the classes is then 20 times faster.
-        return (self.output.weight @ hidden.T).add_(self.output.bias[:, None]).T
+        return torch.addmm(bias[:, None], self.output.weight, hidden.T).T
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return F.cross_entropy(self(batch[0]), batch[1])
@@ -149,9 +151,9 @@ IDX_FILES = {  # the real files, unpacked: number of items and MD5
 class MNISTDataModule(LightningDataModule):
     """MNIST as whole tensors for the archive loop, and as loaders for a Lightning `Trainer`.
 
-    `setup()` makes `train_images` and `test_images`, float32 `(examples, 1, image_size, image_size)`, less the mean
-    training image and over the training set's standard deviation, and `train_labels` and `test_labels`, int64
-    `(examples,)`. UserError for files that cannot be downloaded or are not whole.
+    `train_images` and `test_images` are float32 `(examples, 1, image_size, image_size)`, less the mean training image
+    and over the training set's standard deviation; `train_labels` and `test_labels` are int64 `(examples,)`.
+    UserError for files that cannot be downloaded or are not whole.
     """
 
     def __init__(self, data_dir: str | Path = DATA_DIR, image_size: int = IMAGE_SIZE, batch_size: int = 128) -> None:
@@ -176,14 +178,14 @@ class MNISTDataModule(LightningDataModule):
         """Read the files whole and make the tensors; one as long as MNIST's must be MNIST's."""
         tensors = []
         for name, (items, md5) in IDX_FILES.items():
-            path = self.raw_dir / name
+            path = str(self.raw_dir / name)
             with explained(f"{path} is not a whole MNIST file", "Delete it and run again, or check DATA_DIR."):
-                tensors.append(read_sn3_pascalvincent_tensor(str(path)))
-                if len(tensors[-1]) == items and not check_integrity(str(path), md5):
-                    raise ValueError("its checksum is wrong")
-                expected = (len(tensors[-2]),) if "labels" in name else (len(tensors[-1]), 28, 28)
-                if tensors[-1].shape != expected or ("labels" in name and tensors[-1].max() > 9):
-                    raise ValueError(f"shape {tuple(tensors[-1].shape)}, or labels above 9")
+                tensors.append(read_sn3_pascalvincent_tensor(path))
+                labels = "labels" in name
+                whole = len(tensors[-1]) != items or check_integrity(path, md5)
+                shape = (len(tensors[-2]),) if labels else (len(tensors[-1]), 28, 28)
+                if not whole or tensors[-1].shape != shape or (labels and tensors[-1].max() > 9):
+                    raise ValueError("its checksum or shape is wrong, or a label is above 9")
         train, test = (F.adaptive_avg_pool2d(images[:, None] / 255, self.image_size) for images in tensors[::2])
         self.train_images, self.test_images = ((x - train.mean(dim=0)) / train.std() for x in (train, test))
         self.train_labels, self.test_labels = (labels.long() for labels in tensors[1::2])
@@ -234,8 +236,8 @@ class M2N2:
             raise ValueError(f"archive_size is {self.archive_size}, score is {self.score!r}")
         rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self._class_sizes = self.train_labels.bincount()  # (classes,), of all processes
-        self.train_images = self.train_images.tensor_split(processes)[rank].contiguous()
-        self.train_labels = self.train_labels.tensor_split(processes)[rank].contiguous()
+        parts = (x.tensor_split(processes)[rank].contiguous() for x in (self.train_images, self.train_labels))
+        self.train_images, self.train_labels = parts
 
         # The evaluated model's parameters are views of one vector: loading a model is one copy.
         device = self.train_images.device
@@ -243,15 +245,15 @@ class M2N2:
         self._weights = get_params(self._evaluated)  # (params,)
         vector_to_parameters(self._weights, self._evaluated.parameters())
 
-        # Row K is the child's place. Replacing a model is then one copy of row K onto another row, onto itself
-        # where the child loses: no branch, so no wait for the device.
+        # Row K is the child's place. It is then copied onto the row that goes, itself if the child loses: no branch.
         self._models = torch.zeros(self.archive_size + 1, len(self._weights), device=device)
         self._scores = torch.zeros(self.archive_size + 1, len(self.train_labels), device=device)
         self.archive, self.scores = self._models[:-1], self._scores[:-1]
         self._gain = torch.empty_like(self.scores)  # kept: fresh memory of its size costs more
+        self._positions = torch.arange(len(self._weights), device=device)
+        self._std, self._accepted = torch.tensor([[self.mutation_std], [0.0]], device=device)
         self._generator = torch.Generator(device).manual_seed(self.seed)
         self._random = {"device": device, "generator": self._generator}
-        self._child, self._last_child, self._accepted = torch.tensor([[0.0], [1.0], [0.0]], device=device)
         self.iteration, self.history, self.stop = 0, [], False
         randoms = (self.init_std * torch.randn(len(self._weights), **self._random) for _ in "AB")
         for params in map(get_params, self.initial_models) if self.initial_models else randoms:
@@ -266,12 +268,13 @@ class M2N2:
         takes it up where it was, and one that goes on beyond its end mutates as a longer run does at that point.
         """
         end, step, capture_at = self.iteration + iterations, self._step, self.iteration + 3
-        self._last_child.fill_(end)
         # A narrow terminal cuts the end off, so the figures come before the times.
         layout = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}, {rate_fmt}]"
-        hidden = rank_zero_only.rank > 0
-        with tqdm(None, "Evolving Models", end, initial=self.iteration, disable=hidden, bar_format=layout) as bar:
+        options = {"initial": self.iteration, "bar_format": layout, "disable": rank_zero_only.rank > 0}
+        with tqdm(None, "Evolving Models", end, **options) as bar:
             while self.iteration < end and not self.stop:
+                wave = (1 + math.cos(math.pi * self.iteration / end)) / 2  # 1 to 0
+                self._std.fill_(self.final_mutation_std + (self.mutation_std - self.final_mutation_std) * wave)
                 if self._weights.is_cuda and self.iteration == capture_at:  # the first few warm CUDA up
                     step = self._captured_step()
                 step()
@@ -300,17 +303,14 @@ class M2N2:
         return graph.replay
 
     def _select_parents(self) -> tuple[Tensor, Tensor]:
-        """Parents A and B, as indices `(1,)`: P(A) = f_A / Σ f (fitness), P(B) = g_B / Σ g (attraction).
-
-        g_B = Σ_j max(s_Bj - s_Aj, 0) / z_j^α; B = A where all g are 0.
-        """
+        """Indices `(1,)`: P(A) = f_A / Σ f; P(B) = g_B / Σ g, the attraction g_B = Σ_j max(s_Bj - s_Aj, 0) / z_j^α."""
         fitness = self._update_fitness()
         first = self._draw(fitness)
         if not self.use_attraction:
             return first, self._draw(fitness)
         gain = torch.sub(self.scores, self.scores.index_select(0, first), out=self._gain).relu_()
-        attraction = self._sum(gain @ self._shares)  # (archive,)
-        return first, torch.where(attraction.any(), self._draw(attraction), first)
+        attraction = self._sum(gain @ self._shares).index_fill_(0, first, 1e-30)  # (archive,); B = A if all g are 0
+        return first, self._draw(attraction)
 
     def _draw(self, weights: Tensor) -> Tensor:
         """An index `(1,)` with probability weights / Σ weights; torch.multinomial would make the host wait."""
@@ -318,26 +318,19 @@ class M2N2:
         return torch.argmax(weights / noise, dim=0, keepdim=True)
 
     def _crossover(self, first: Tensor, second: Tensor) -> Tensor:
-        """Child `(params,)`, SLERP(w) of its parents before the split point p, SLERP(1 - w) after.
-
-        w ~ U(0, 1), p ~ U{0 .. params - 1}; one angle, between the whole parents, for both.
-        """
+        """Child `(params,)`: SLERP(w) before the split point p, SLERP(1 - w) after; w ~ U(0, 1), p ~ U{0..params-1}."""
         a, b = self.archive.index_select(0, torch.cat([first, second]))
         if not self.use_crossover:
             return a
         mix = torch.rand(1, **self._random)
-        if not self.use_split_point:
-            return slerp(mix, a, b)
-        split = torch.randint(len(a), (1,), **self._random)
-        before, after = slerp(torch.stack([mix, 1 - mix]), a, b)  # (params,) each
-        return torch.where(torch.arange(len(a), device=a.device) < split, before, after)
+        if self.use_split_point:
+            split = torch.randint(len(a), (1,), **self._random)
+            mix = torch.where(self._positions < split, mix, 1 - mix)  # (params,)
+        return slerp(mix, a, b)
 
     def _mutate(self, child: Tensor) -> Tensor:
-        """child + σ N(0, 1); σ falls by half a cosine from `mutation_std` to the final one."""
-        wave = (1 + torch.cos(torch.pi * self._child / self._last_child)) / 2  # 1 to 0
-        std = self.final_mutation_std + (self.mutation_std - self.final_mutation_std) * wave
-        self._child += 1
-        return child + std * torch.randn(len(child), **self._random)
+        """child + σ N(0, 1); `evolve` sets σ, which falls by half a cosine from `mutation_std` to the final one."""
+        return child + self._std * torch.randn(len(child), **self._random)
 
     def _logits(self, params: Tensor, images: Tensor) -> Tensor:
         """Logits `(classes, examples)` of the model with these parameters."""
@@ -345,10 +338,9 @@ class M2N2:
         return self._evaluated(images).T.float()
 
     def _evaluate(self, child: Tensor) -> None:
-        """Put the child `(params,)` and its scores s_j `(examples,)` into their place, row K.
+        """Put the child `(params,)` and its scores s_j `(examples,)` into their place, row K; NaN where it overflows.
 
-        The score is softmax(logits / temperature) of the true class, or 1 where its logit alone is the highest,
-        else 0. NaN where the model overflows.
+        s_j is softmax(logits / temperature) of the true class, or 1 where its logit alone is the highest, else 0.
         """
         logits, labels = self._logits(child, self.train_images), self.train_labels[None]
         if self.score == "probability":
@@ -359,10 +351,7 @@ class M2N2:
         self._models[-1], self._scores[-1] = child, scores[0]
 
     def _update_fitness(self, with_child: bool = False) -> Tensor:
-        """f_i = Σ_j s_ij / z_j^α, 0 where z_j = 0, `(archive,)` or, with the child, `(archive + 1,)`.
-
-        With α = 1 it sums to the number of examples covered. NaN for a child that overflowed.
-        """
+        """f_i = Σ_j s_ij / z_j^α, 0 where z_j = 0: `(archive,)` or `(archive + 1,)`, NaN for a child that overflows."""
         z = self.scores.sum(dim=0)  # (examples,)
         if with_child:
             z += self._scores[-1].nan_to_num()  # nobody competes with a child that overflowed
@@ -371,8 +360,8 @@ class M2N2:
         return self._sum(torch.linalg.vecdot(self._scores if with_child else self.scores, self._shares))
 
     def _update_archive(self) -> None:
-        """The worst of the K + 1 goes: the first archive member among equals, or the child."""
-        worst = torch.argmin(self._update_fitness(with_child=True), dim=0, keepdim=True)  # NaN is the least
+        """The worst of the K + 1 goes: the first of equals, and NaN before any number."""
+        worst = torch.argmin(self._update_fitness(with_child=True), dim=0, keepdim=True)
         for rows in (self._models, self._scores):
             rows.index_copy_(0, worst, rows[-1:].clone())
         self._accepted += worst < self.archive_size
@@ -386,14 +375,13 @@ class M2N2:
     def _measure(self) -> dict[str, float]:
         """A row of `history`. A member covers an example by a score above 1/2."""
         hits, examples = self.train_hits().sum(dim=1), self._class_sizes.sum().item()  # (archive,)
-        children = self.iteration - (self.history[-1]["iteration"] if self.history else 0)
         row = {
             "iteration": self.iteration,
             "best_fitness": self._update_fitness().max().item(),
             "train_acc": hits.max().item() / examples,
             "test_acc": self.test_accuracy(self.archive[hits.argmax()][None]),
             "coverage": self._sum((self.scores.amax(dim=0) > 0.5).sum()).item() / examples,
-            "acceptance": self._accepted.item() / children,
+            "acceptance": self._accepted.item() / (self.iteration - sum(r["iteration"] for r in self.history[-1:])),
         }
         self._accepted.zero_()
         return row
@@ -419,14 +407,9 @@ class M2N2:
         return best
 
     def state_dict(self) -> dict:
-        """All that `load_state_dict` needs to go on as if there had been no stop."""
-        return {
-            "archive": self.archive.clone(),
-            "generator": self._generator.get_state(),
-            "accepted": self._accepted.clone(),  # since the last row of the history
-            "iteration": self.iteration,
-            "history": list(self.history),
-        }
+        """All that `load_state_dict` needs to go on as if nothing had happened."""
+        counts = {"iteration": self.iteration, "history": list(self.history), "accepted": self._accepted.clone()}
+        return counts | {"archive": self.archive.clone(), "generator": self._generator.get_state()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
@@ -435,9 +418,8 @@ class M2N2:
             self._evaluate(params)
             self.archive[row], self.scores[row] = params, self._scores[-1] * params.any()  # zeros: an empty slot
         self._generator.set_state(state["generator"])
-        self.iteration, self.history = state["iteration"], list(state["history"])
-        self._child.fill_(self.iteration)
         self._accepted.copy_(state["accepted"])
+        self.iteration, self.history = state["iteration"], list(state["history"])
 
 
 # --- Outputs ---
@@ -461,35 +443,31 @@ def load_checkpoint(path: Path, experiment: dict) -> dict:
         state, before = checkpoint["m2n2"], dict(checkpoint["experiment"])
     except Exception as error:  # whose own text may tell how to run the code in the file
         raise UserError(f"{path} is no whole checkpoint. RESUME wants a run's folder.") from error
-    free = {"RUNS", "ITERATIONS", "CHECKPOINT_EVERY", "RESUME", "DATA_DIR", "OUTPUT_DIR"}
-    for name, value in experiment.items():
-        if name not in free and value != before.get(name):
-            was = f"{name} is {value!r}, but {before.get(name)!r} in the run to RESUME"
-            raise UserError(f"{was}. Set it so, or start afresh.")
+    free = ("RUNS", "ITERATIONS", "CHECKPOINT_EVERY", "RESUME", "DATA_DIR", "OUTPUT_DIR")
+    for name in experiment.keys() - free:
+        if experiment[name] != (was := before.get(name)):
+            both = f"{name} is {experiment[name]!r}, but {was!r} in the run to RESUME"
+            raise UserError(f"{both}. Set it so, or start afresh.")
     return state
 
 
 @rank_zero_only
 def plot_evolution(histories: Sequence[list[dict]], niches: Tensor, path: Path) -> None:
-    """Left: accuracy and coverage over children, mean and SD over runs. Right: the niches.
-
-    `niches` is the training accuracy of each member on each digit, `(archive, classes)`.
-    """
+    """Left: coverage and accuracy, mean ± SD of runs. Right: `niches`, accuracy by digit `(archive, classes)`."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return print("No figure without matplotlib: `pip install matplotlib` to get evolution.png.")
-    figure = Figure(figsize=(7.2, 2.9), layout="constrained")
+    figure, rows = Figure(figsize=(7.2, 2.9), layout="constrained"), list(zip(*histories, strict=False))
     left, right = figure.subplots(1, 2)
-    rows, runs = min(map(len, histories)), len(histories)
-    children = [row["iteration"] / 1_000 for row in histories[0][:rows]]
+    children = [runs[0]["iteration"] / 1_000 for runs in rows]
     for key, label in (("coverage", "archive coverage"), ("test_acc", "best model, test accuracy")):
-        values = 100 * torch.tensor([[row[key] for row in history[:rows]] for history in histories])
-        std, mean = (x.numpy() for x in torch.std_mean(values, dim=0, correction=min(1, runs - 1)))
-        (line,) = left.plot(children, mean, label=label)
-        left.fill_between(children, mean - std, mean + std, color=line.get_color(), alpha=0.3)
+        values = np.array([[100 * run[key] for run in runs] for runs in rows])
+        mean, std = values.mean(axis=1), values.std(axis=1, ddof=min(1, len(histories) - 1))
+        left.plot(children, mean, label=label)
+        left.fill_between(children, mean - std, mean + std, alpha=0.3)
     left.legend(loc="lower right")
-    title = f"Evolution, mean ± SD of {runs} runs" if runs > 1 else "Evolution"
+    title = f"Evolution, mean ± SD of {len(histories)} runs" if len(histories) > 1 else "Evolution"
     left.set(xlabel="children evaluated (thousands)", ylabel="examples (%)", title=title)
     right.set(xlabel="digit", ylabel="archive member", title="Niches", xticks=range(10))
     image = right.imshow(100 * niches.numpy(), aspect="auto", cmap="cividis")
@@ -500,23 +478,21 @@ def plot_evolution(histories: Sequence[list[dict]], niches: Tensor, path: Path) 
 # --- Main ---
 def checked(name: str, accepted: str, text: str) -> object:
     """A constant's value from its text, if it is `accepted`, as the brackets at the top say it."""
-    if not accepted:
-        return text
     low, _, high = accepted.partition(", ")
     with contextlib.suppress(ValueError):
-        if high:
-            number = float(text) if "." in low else int(text)
-            if float(low) <= number <= float(high):  # false for a NaN
-                return number
-        elif text.lower() in accepted.split(" | "):
+        if high and float(low) <= (number := (float if "." in low else int)(text)) <= float(high):  # false for NaN
+            return number
+        if text.lower() in accepted.split(" | "):
             return {"true": True, "false": False}.get(text.lower(), text.lower())
-    raise argparse.ArgumentTypeError(f"{name} is {text!r}, accepted is [{accepted}]")
+    if accepted:
+        raise argparse.ArgumentTypeError(f"{name} is {text!r}, accepted is [{accepted}]")
+    return text
 
 
 def parse_constants(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The constants at the top, overridden from the command line, each checked."""
-    layout, usage = argparse.RawDescriptionHelpFormatter, "%(prog)s [--constant VALUE]..."
-    parser = argparse.ArgumentParser(None, usage, __doc__, formatter_class=layout, allow_abbrev=False)
+    options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(None, "%(prog)s [--constant VALUE]...", __doc__, **options)
     block = Path(__file__).read_text(encoding="utf-8").partition("\nclass ")[0]
     for name, meaning, accepted in re.findall(r"^([A-Z_]+) = .*?  # (.+?(?: \[(.+)\])?)$", block, re.M):
         flag, check = f"--{name.lower().replace('_', '-')}", partial(checked, name, accepted)
@@ -556,8 +532,8 @@ def train_specialists(data: MNISTDataModule, hidden_dim: int, fabric: Fabric) ->
     return models
 
 
-def run(constants: argparse.Namespace, fabric: Fabric, data: MNISTDataModule, histories: list) -> tuple[float, int]:
-    """One experiment, whose history joins the others': its final test accuracy, and the signal that ended it or 0."""
+def run(constants: argparse.Namespace, fabric: Fabric, data: MNISTDataModule, histories: list[list[dict]]) -> int:
+    """One experiment, whose history joins the others': the number of the signal that interrupted it, or 0."""
     experiment = {**vars(constants), "CRC-32 of the images in DATA_DIR": zlib.crc32(data.train_images.numpy())}
     state, where = None, (constants.OUTPUT_DIR, "m2n2_mnist")
     if constants.RESUME:
@@ -583,8 +559,7 @@ def run(constants: argparse.Namespace, fabric: Fabric, data: MNISTDataModule, hi
     caught, first, started = [0], m2n2.iteration, time.perf_counter()
 
     def save_checkpoint() -> None:
-        state = {"experiment": experiment, "m2n2": m2n2.state_dict()}
-        save_whole(partial(torch.save, state), folder / "checkpoint.pt")
+        save_whole(partial(torch.save, {"experiment": experiment, "m2n2": m2n2.state_dict()}), folder / "checkpoint.pt")
 
     def after_child(m2n2: M2N2) -> None:
         if m2n2.history and m2n2.history[-1]["iteration"] == m2n2.iteration:
@@ -612,41 +587,38 @@ def run(constants: argparse.Namespace, fabric: Fabric, data: MNISTDataModule, hi
     seconds, children = time.perf_counter() - started, m2n2.iteration - first
     save_checkpoint()
 
-    best, interrupted = m2n2.best_model(), m2n2.iteration < constants.ITERATIONS
-    accuracy, ensemble = map(m2n2.test_accuracy, (get_params(best)[None], m2n2.archive))
     histories.append(m2n2.history)
+    best, interrupted = m2n2.best_model(), m2n2.iteration < constants.ITERATIONS
     save_whole(partial(torch.save, best.state_dict()), folder / "best_model.pt")
     plot_evolution(histories, m2n2.train_hits().cpu() / data.train_labels.bincount(), folder / "evolution.png")
-    fabric.print(f"Test accuracy of the archive as an ensemble: {ensemble:.2%}")
+    fabric.print(f"Test accuracy of the archive as an ensemble: {m2n2.test_accuracy(m2n2.archive):.2%}")
     fabric.print(f"{children:,} children in {seconds:.1f} s, {children / seconds:.1f} a second\nFiles: {folder}")
     if interrupted:
         flags = f"--seed={constants.SEED}", "--runs=1", f"--resume={folder}"
         fabric.print(f"To go on: {shlex.join(['python', *sys.argv, *flags])}")
     fabric.print(f"Evolution interrupted at iteration {m2n2.iteration}." if interrupted else "Evolution finished.")
+    accuracy = m2n2.test_accuracy(get_params(best)[None])
     fabric.print(f"Final Test Accuracy of the best model: {accuracy:.2%}", flush=True)
     fabric.barrier()  # torchrun ends the others when the first leaves with an error code
-    return accuracy, caught[-1] if interrupted else 0
+    return caught[-1] if interrupted else 0
 
 
 def main() -> None:
     """All runs of the experiment; what only the user can mend ends in one message."""
     try:
-        constants = parse_constants()
+        constants, histories = parse_constants(), []
         fabric = launch(constants)
         data = MNISTDataModule(constants.DATA_DIR, constants.IMAGE_SIZE)
         with fabric.rank_zero_first(local=True):
             data.prepare_data()
         data.setup()
-        accuracies, histories = [], []
         for seed in range(constants.SEED, constants.SEED + constants.RUNS):
             constants.SEED = seed
-            accuracy, interruption = run(constants, fabric, data, histories)
-            accuracies.append(100 * accuracy)
-            if interruption:
-                sys.exit(128 + interruption)
-        if len(accuracies) > 1:
-            std, mean = torch.std_mean(torch.tensor(accuracies))
-            fabric.print(f"Mean Test Accuracy of {len(accuracies)} runs: {mean:.2f} ± {std:.2f}%")
+            if caught := run(constants, fabric, data, histories):
+                sys.exit(128 + caught)
+        if constants.RUNS > 1:
+            std, mean = torch.std_mean(torch.tensor([100 * history[-1]["test_acc"] for history in histories]))
+            fabric.print(f"Mean Test Accuracy of {constants.RUNS} runs: {mean:.2f} ± {std:.2f}%")
     except (UserError, OSError) as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:

@@ -85,10 +85,11 @@ def test_each_run_has_its_own_folder_and_seed(data_dir: Path, main) -> None:
     assert code == 0
     accuracies = [float(a) for a in re.findall(r"Final Test Accuracy .*: ([\d.]+)%", out)]
     assert len(accuracies) == 3
-    std, mean = torch.std_mean(torch.tensor(accuracies))
-    assert f"Mean Test Accuracy of 3 runs: {mean:.2f} ± {std:.2f}%" in out
-    for number in range(3):
-        folder = RUN.with_name(f"version_{number}")
+    folders = [RUN.with_name(f"version_{number}") for number in range(3)]
+    exact = torch.tensor([100 * float(rows(folder)[-1]["test_acc"]) for folder in folders])
+    assert accuracies == pytest.approx(exact.tolist(), abs=0.006)
+    assert f"Mean Test Accuracy of 3 runs: {exact.mean():.2f} ± {exact.std():.2f}%" in out
+    for number, folder in enumerate(folders):
         assert yaml.safe_load((folder / "hparams.yaml").read_text())["SEED"] == 7 + number
         assert len(rows(folder)) == 3
     main(*small(data_dir=data_dir, seed=8))
