@@ -302,13 +302,16 @@ def test_best_model_is_the_best_member_on_training_data() -> None:
 
 
 def test_ensemble_is_the_mean_of_probabilities() -> None:
-    m2n2 = make_m2n2(temperature=2.0)
-    m2n2.evolve(80)
-    total = torch.zeros(40, 10)
-    for params in m2n2.archive:
-        total += (m2n2._logits(params, m2n2.test_images).T / 2).softmax(dim=1)
-    right = (total.argmax(dim=1) == m2n2.test_labels).float().mean().item()
-    assert m2n2.test_accuracy(m2n2.archive) == pytest.approx(right)
+    m2n2 = make_m2n2(examples=500, temperature=4.0)
+    m2n2.archive.normal_(generator=torch.Generator().manual_seed(0))
+
+    def accuracy(temperature: float) -> float:
+        logits = torch.stack([m2n2._logits(params, m2n2.test_images).T for params in m2n2.archive])
+        predicted = (logits / temperature).softmax(dim=2).sum(dim=0).argmax(dim=1)
+        return (predicted == m2n2.test_labels).float().mean().item()
+
+    assert accuracy(4.0) != accuracy(1.0)  # the temperature matters here
+    assert m2n2.test_accuracy(m2n2.archive) == pytest.approx(accuracy(4.0))
 
 
 @pytest.mark.parametrize("score", ["correct", "probability"])
