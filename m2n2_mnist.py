@@ -1,6 +1,6 @@
 """M2N2 on MNIST: classifiers evolved from scratch, without a gradient, by merging models.
 
-It reaches 96.47 ± 0.16 % test accuracy (mean ± SD of seeds 42 to 44) with 50,000 forward passes of an MLP 100-96-10,
+It reaches 96.57 ± 0.08 % test accuracy (mean ± SD of seeds 42 to 44) with 50,000 forward passes of an MLP 100-96-10,
 in 4 minutes on 2 cores of an Intel Xeon with bf16. This is Model Merging of Natural Niches, Experiment 1 of
 "Competition and Attraction Improve Model Fusion" (Abrantes, Lange, Tang; arXiv:2508.16204), on the real MNIST.
 
@@ -242,7 +242,12 @@ class M2N2:
         self._models = torch.zeros(self.archive_size + 1, len(self._weights), device=device)
         self._scores = torch.zeros(self.archive_size + 1, len(self.train_labels), device=device)
         self.archive, self.scores = self._models[:-1], self._scores[:-1]
-        self._gain = torch.empty_like(self.scores)  # kept: fresh memory of its size costs more
+        # Fresh memory costs more than arithmetic: this is kept, and the allocator keeps a layer's outputs below 32 MiB.
+        self._gain = torch.empty_like(self.scores)
+        widest = max(parameter.shape[:1].numel() for parameter in self._evaluated.parameters())
+        size = 24 * 2**20 // (widest * self._weights.element_size())  # examples evaluated at a time
+        parts = (x.split(size) for x in (self.train_images, self.train_labels, self._scores[-1]))
+        self._parts = list(zip(*parts, strict=True))
         self._positions = torch.arange(len(self._weights), device=device)
         self._std, self._accepted = torch.tensor([[self.mutation_std], [0.0]], device=device)
         self._generator = torch.Generator(device).manual_seed(self.seed)
@@ -332,12 +337,13 @@ class M2N2:
 
     def _evaluate(self, child: Tensor) -> None:
         """Fill row K: s_j is softmax(logits / temperature) of the true class, or 1 if its logit is the only highest."""
-        logits, labels, row = self._logits(child, self.train_images), self.train_labels[None], self._scores[-1:]
-        if self.score == "probability":
-            torch.gather(logits.mul_(1 / self.temperature).softmax(dim=0), 0, labels, out=row)
-        else:
-            margin = logits.gather(0, labels) - logits.scatter_(0, labels, -torch.inf).amax(dim=0)
-            torch.add(margin > 0, margin, alpha=0, out=row)  # NaN where the model overflows, as a softmax is
+        for images, labels, row in self._parts:
+            logits, labels, row = self._logits(child, images), labels[None], row[None]
+            if self.score == "probability":
+                torch.gather(logits.mul_(1 / self.temperature).softmax(dim=0), 0, labels, out=row)
+            else:
+                margin = logits.gather(0, labels) - logits.scatter_(0, labels, -torch.inf).amax(dim=0)
+                torch.add(margin > 0, margin, alpha=0, out=row)  # NaN where the model overflows, as a softmax is
         self._models[-1] = child
 
     def _update_fitness(self, with_child: bool = False) -> Tensor:

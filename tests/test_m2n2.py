@@ -149,15 +149,17 @@ def test_mutation_follows_its_schedule() -> None:
     assert measured == pytest.approx(wave, rel=0.05)
 
 
+@pytest.mark.parametrize("hidden, parts", [(5, 1), (200_000, 2)])  # wide layers are evaluated in parts
 @pytest.mark.parametrize("score", ["correct", "probability"])
-def test_scores_are_those_of_the_model(score: str) -> None:
-    m2n2 = make_m2n2(score=score, temperature=0.5)
-    params = torch.randn(m2n2.archive.shape[1])
-    first, second = params[:30].view(5, 6).numpy(), params[35:85].view(10, 5).numpy()
-    hidden = np.maximum(m2n2.train_images.numpy() @ first.T + params[30:35].numpy(), 0)
-    logits = hidden @ second.T + params[85:].numpy()
+def test_scores_are_those_of_the_model(score: str, hidden: int, parts: int) -> None:
+    m2n2 = make_m2n2(40, 6, hidden, score=score, temperature=0.5)
+    assert len(m2n2._parts) == parts
+    params = torch.randn(m2n2.archive.shape[1]) / hidden**0.5
+    w1, b1, w2, b2 = (x.double().numpy() for x in params.split([6 * hidden, hidden, 10 * hidden, 10]))
+    units = np.maximum(m2n2.train_images.double().numpy() @ w1.reshape(hidden, 6).T + b1, 0)
+    logits = units @ w2.reshape(10, hidden).T + b2
     expected = []
-    for row, label in zip(logits, m2n2.train_labels, strict=True):
+    for row, label in zip(logits, m2n2.train_labels.tolist(), strict=True):
         if score == "correct":
             expected.append(float(row.argmax() == label))
         else:
