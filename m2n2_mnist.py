@@ -442,8 +442,8 @@ def load_checkpoint(path: Path, experiment: dict) -> dict:
     except Exception as error:  # whose own text may tell how to run the code in the file
         raise UserError(f"{path} is no whole checkpoint. RESUME wants a run's folder.") from error
     free = ("RUNS", "ITERATIONS", "CHECKPOINT_EVERY", "RESUME", "DATA_DIR", "OUTPUT_DIR")
-    for name in experiment.keys() - free:
-        if experiment[name] != (was := before.get(name)):
+    for name in experiment:
+        if name not in free and experiment[name] != (was := before.get(name)):
             both = f"{name} is {experiment[name]!r}, but {was!r} in the run to RESUME"
             raise UserError(f"{both}. Set it so, or start afresh.")
     return state
@@ -460,7 +460,7 @@ def plot_evolution(histories: Sequence[list[dict]], niches: Tensor, path: Path) 
     left, right = figure.subplots(1, 2)
     children = [runs[0]["iteration"] / 1_000 for runs in rows]
     for key, label in (("coverage", "archive coverage"), ("test_acc", "best model, test accuracy")):
-        values = np.array([[100 * run[key] for run in runs] for runs in rows])
+        values = np.reshape([[100 * run[key] for run in runs] for runs in rows], (-1, len(histories)))
         mean, std = values.mean(axis=1), values.std(axis=1, ddof=min(1, len(histories) - 1))
         left.plot(children, mean, label=label)
         left.fill_between(children, mean - std, mean + std, alpha=0.3)

@@ -270,11 +270,13 @@ def test_second_interrupt_ends_at_once(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_exits_with_130(data_dir: Path) -> None:
-    process = spawn(*small(data_dir=data_dir, iterations=10**6))
+    """Before the first row of metrics.csv, too."""
+    process = spawn(*small(data_dir=data_dir, iterations=10**6, test_every=10**6))
     wait_for_iteration(process, 10)
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "Evolution interrupted at iteration" in out, error
+    assert {"best_model.pt", "evolution.png"} <= set(os.listdir(RUN))
 
 
 def kill_and_resume(data_dir: Path, kills: int, seed: int) -> None:
