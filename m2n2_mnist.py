@@ -51,7 +51,7 @@ RUNS = 1  # how often to repeat the experiment, with consecutive seeds [1, inf]
 ITERATIONS = 50_000  # children evaluated in a run, which is forward passes [1, inf]
 TEST_EVERY = 1_000  # iterations between two rows of metrics.csv [1, inf]
 CHECKPOINT_EVERY = 2_500  # iterations between two checkpoints [1, inf]
-RESUME = ""  # folder of an interrupted run to go on with, runs/m2n2_mnist/version_3; "" for none
+RESUME = ""  # folder of an interrupted run to go on with, it alone, runs/m2n2_mnist/version_3; "" for none
 DATA_DIR = "data"  # folder that holds MNIST, or gets it downloaded
 OUTPUT_DIR = "runs"  # folder that gets m2n2_mnist/version_N for each run
 # Model and data
@@ -175,11 +175,10 @@ class MNISTDataModule(LightningDataModule):
         for name, (items, crc) in IDX_FILES.items():
             path = self.raw_dir / name
             with explained(f"{path} is not a whole MNIST file", "Delete it and run again, or check DATA_DIR."):
-                tensors.append(read_sn3_pascalvincent_tensor(path))
-                labels = "labels" in name
-                whole = len(tensors[-1]) != items or zlib.crc32(tensors[-1].numpy()) == crc
-                shape = (len(tensors[-2]),) if labels else (len(tensors[-1]), 28, 28)
-                if not whole or tensors[-1].shape != shape or (labels and tensors[-1].max() > 9):
+                tensors.append(values := read_sn3_pascalvincent_tensor(path))
+                shape = (len(tensors[-2]),) if "labels" in name else (len(values), 28, 28)
+                altered = len(values) == items and zlib.crc32(values.numpy()) != crc
+                if altered or values.shape != shape or ("labels" in name and values.max() > 9):
                     raise ValueError("its checksum or shape is wrong, or a label is above 9")
         train, test = (F.adaptive_avg_pool2d(images[:, None] / 255, self.image_size) for images in tensors[::2])
         self.train_images, self.test_images = ((x - train.mean(dim=0)) / train.std() for x in (train, test))
@@ -203,7 +202,7 @@ class M2N2:
     `initial_models`, by default two random ones, are put like children. Under torch.distributed each process holds
     the whole archive and its part of the training examples. ValueError for K < 2 or an unknown score.
     Attributes: `archive` (archive, params), `scores` (archive, examples of this process), `iteration` (children so
-    far), `history` (the rows that `evolve` measured), `stop` (set it to end `evolve` after the current child).
+    far), `history` (the rows that `evolve` measured).
     """
 
     model: nn.Module
@@ -232,18 +231,16 @@ class M2N2:
         self._class_sizes = self.train_labels.bincount()  # (classes,), of all processes
         parts = (x.tensor_split(processes)[rank].contiguous() for x in (self.train_images, self.train_labels))
         self.train_images, self.train_labels = parts
-        # The evaluated model's parameters are views of one vector: loading a model is one copy.
         device = self.train_images.device
         self._evaluated = deepcopy(self.model).to(device, self.train_images.dtype).eval().requires_grad_(False)
-        self._weights = get_params(self._evaluated)  # (params,)
+        self._weights = get_params(self._evaluated)  # (params,), of which its parameters are views: loading is one copy
         nn.utils.vector_to_parameters(self._weights, self._evaluated.parameters())
 
         # Row K is the child's place. It is then copied onto the row that goes, itself if the child loses: no branch.
         self._models = torch.zeros(self.archive_size + 1, len(self._weights), device=device)
         self._scores = torch.zeros(self.archive_size + 1, len(self.train_labels), device=device)
         self.archive, self.scores = self._models[:-1], self._scores[:-1]
-        # Fresh memory costs more than arithmetic: this is kept, and the allocator keeps a layer's outputs below 32 MiB.
-        self._gain = torch.empty_like(self.scores)
+        # Fresh memory costs more than arithmetic, and the allocator keeps what a layer frees only below 32 MiB.
         widest = max(parameter.shape[:1].numel() for parameter in self._evaluated.parameters())
         size = 24 * 2**20 // (widest * self._weights.element_size())  # examples evaluated at a time
         parts = (x.split(size) for x in (self.train_images, self.train_labels, self._scores[-1]))
@@ -252,15 +249,15 @@ class M2N2:
         self._std, self._accepted = torch.tensor([[self.mutation_std], [0.0]], device=device)
         self._generator = torch.Generator(device).manual_seed(self.seed)
         self._random = {"device": device, "generator": self._generator}
-        self.iteration, self.history, self.stop = 0, [], False
+        self.iteration, self.history = 0, []
         randoms = (self.init_std * torch.randn(len(self._weights), **self._random) for _ in "AB")
         for params in map(get_params, self.initial_models) if self.initial_models else randoms:
             self._evaluate(params.to(device))
             self._update_archive()
         self._accepted.zero_()
 
-    def evolve(self, iterations: int, test_every: int = TEST_EVERY, after_child: Callable = lambda m2n2: None) -> None:
-        """Make `iterations` more children, `after_child(self)` after each; every `test_every`, extend `history`.
+    def evolve(self, iterations: int, test_every: int = TEST_EVERY, after_child: Callable = lambda m2n2: False) -> None:
+        """Make `iterations` more children, or until `after_child(self)` is true; every `test_every`, extend `history`.
 
         The mutation schedule spans the run from its first child ever to the last of this call: a run that goes on
         takes it up where it was, and one that goes on beyond its end mutates as a longer run does at that point.
@@ -270,7 +267,7 @@ class M2N2:
         layout = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}, {rate_fmt}]"
         options = {"initial": self.iteration, "bar_format": layout, "disable": rank_zero_only.rank > 0}
         with tqdm(None, "Evolving Models", end, **options) as bar:
-            while self.iteration < end and not self.stop:
+            while self.iteration < end:
                 wave = (1 + np.cos(np.pi * self.iteration / end)) / 2  # 1 to 0
                 self._std.fill_(self.final_mutation_std + (self.mutation_std - self.final_mutation_std) * wave)
                 if self._weights.is_cuda and self.iteration == capture_at:  # the first few warm CUDA up
@@ -281,8 +278,8 @@ class M2N2:
                 if self.iteration % test_every == 0 or self.iteration == end:
                     self.history.append(row := self._measure())
                     bar.set_postfix(best_fitness=f"{row['best_fitness']:.1f}", test_acc=f"{row['test_acc']:.2%}")
-                after_child(self)
-        self.stop = False
+                if after_child(self):
+                    break
 
     @torch.inference_mode()
     def _step(self) -> None:
@@ -306,7 +303,7 @@ class M2N2:
         first = self._draw(fitness)
         if not self.use_attraction:
             return first, self._draw(fitness)
-        gain = torch.sub(self.scores, self.scores.index_select(0, first), out=self._gain).relu_()
+        gain = (self.scores - self.scores.index_select(0, first)).relu_()  # (archive, examples)
         attraction = self._sum(gain @ self._shares).index_fill_(0, first, 1e-30)  # (archive,); B = A if all g are 0
         return first, self._draw(attraction)
 
@@ -442,10 +439,9 @@ def load_checkpoint(path: Path, experiment: dict) -> dict:
     except Exception as error:  # whose own text may tell how to run the code in the file
         raise UserError(f"{path} is no whole checkpoint. RESUME wants a run's folder.") from error
     free = ("RUNS", "ITERATIONS", "CHECKPOINT_EVERY", "RESUME", "DATA_DIR", "OUTPUT_DIR")
-    for name in experiment:
-        if name not in free and experiment[name] != (was := before.get(name)):
-            both = f"{name} is {experiment[name]!r}, but {was!r} in the run to RESUME"
-            raise UserError(f"{both}. Set it so, or start afresh.")
+    for name, value in experiment.items():
+        if name not in free and value != (was := before.get(name)):
+            raise UserError(f"{name} is {value!r}, but {was!r} in the run to RESUME. Set it so, or start afresh.")
     return state
 
 
@@ -496,10 +492,7 @@ def parse_constants(argv: Sequence[str] | None = None) -> argparse.Namespace:
         flag, check = f"--{name.lower().replace('_', '-')}", partial(checked, name, accepted)
         text = f"{meaning} (default: {globals()[name]!r})"
         parser.add_argument(flag, dest=name, type=check, default=str(globals()[name]), help=text)
-    constants = parser.parse_args(argv)
-    if constants.RESUME and constants.RUNS > 1:
-        parser.error(f"RUNS is {constants.RUNS}, but RESUME goes on with one run")
-    return constants
+    return parser.parse_args(argv)
 
 
 def launch(constants: argparse.Namespace) -> Fabric:
@@ -558,18 +551,18 @@ def run(constants: argparse.Namespace, fabric: Fabric, data: MNISTDataModule, hi
     def save_checkpoint() -> None:
         save_whole(partial(torch.save, {"experiment": experiment, "m2n2": m2n2.state_dict()}), folder / "checkpoint.pt")
 
-    def after_child(m2n2: M2N2) -> None:
+    def after_child(m2n2: M2N2) -> bool:
+        together = fabric.world_size == 1 or m2n2.iteration % 50 == 0  # all processes stop at the same child
         if m2n2.history and m2n2.history[-1]["iteration"] == m2n2.iteration:
             logger.log_metrics(m2n2.history[-1], m2n2.iteration)
         if m2n2.iteration % constants.CHECKPOINT_EVERY == 0:
             save_checkpoint()
-        if fabric.world_size > 1 and m2n2.iteration % 50 == 0:  # all stop at the same child
+        if fabric.world_size > 1 and together:
             caught.append(int(fabric.all_reduce(torch.tensor(caught[-1]), reduce_op="max")))
-            m2n2.stop = caught[-1] > 0
+        return together and caught[-1] > 0
 
     def interrupt(number: int, frame: object) -> None:
         caught.append(number)
-        m2n2.stop = fabric.world_size == 1
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
     save_checkpoint()
@@ -591,8 +584,7 @@ def run(constants: argparse.Namespace, fabric: Fabric, data: MNISTDataModule, hi
     fabric.print(f"Test accuracy of the archive as an ensemble: {m2n2.test_accuracy(m2n2.archive):.2%}")
     fabric.print(f"{children:,} children in {seconds:.1f} s, {children / seconds:.1f} a second\nFiles: {folder}")
     if interrupted:
-        flags = f"--seed={constants.SEED}", "--runs=1", f"--resume={folder}"
-        fabric.print(f"To go on: {shlex.join(['python', *sys.argv, *flags])}")
+        fabric.print("To go on:", shlex.join(["python", *sys.argv, f"--seed={constants.SEED}", f"--resume={folder}"]))
     fabric.print(f"Evolution interrupted at iteration {m2n2.iteration}." if interrupted else "Evolution finished.")
     accuracy = m2n2.test_accuracy(get_params(best)[None])
     fabric.print(f"Final Test Accuracy of the best model: {accuracy:.2%}", flush=True)
@@ -609,13 +601,13 @@ def main() -> None:
         with fabric.rank_zero_first(local=True):
             data.prepare_data()
         data.setup()
-        for seed in range(constants.SEED, constants.SEED + constants.RUNS):
-            constants.SEED = seed
+        for _ in range(1 if constants.RESUME else constants.RUNS):
             if caught := run(constants, fabric, data, histories):
                 sys.exit(128 + caught)
-        if constants.RUNS > 1:
+            constants.SEED += 1
+        if len(histories) > 1:
             std, mean = torch.std_mean(torch.tensor([100 * history[-1]["test_acc"] for history in histories]))
-            fabric.print(f"Mean Test Accuracy of {constants.RUNS} runs: {mean:.2f} ± {std:.2f}%")
+            fabric.print(f"Mean Test Accuracy of {len(histories)} runs: {mean:.2f} ± {std:.2f}%")
     except (UserError, OSError) as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
