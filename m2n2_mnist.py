@@ -513,7 +513,6 @@ def launch(constants: argparse.Namespace) -> Fabric:
 def train_specialists(data: MNISTDataModule, hidden_dim: int, fabric: Fabric) -> list[MLP]:
     """Two MLPs, one trained for an epoch by gradient descent on digits 0 to 4, one on 5 to 9."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
     models = [MLP(data.image_size**2, hidden_dim) for _ in "AB"]
     for model, chosen in zip(models, (data.train_labels < 5, data.train_labels > 4), strict=True):
         half = TensorDataset(data.train_images[chosen], data.train_labels[chosen])
@@ -528,6 +527,7 @@ def run(constants: argparse.Namespace, fabric: Fabric, data: MNISTDataModule, hi
     experiment = {**vars(constants), "CRC-32 of the images in DATA_DIR": zlib.crc32(data.train_images.numpy())}
     where = (constants.RESUME, "", "") if constants.RESUME else (constants.OUTPUT_DIR, "m2n2_mnist")
     state = load_checkpoint(Path(*where, "checkpoint.pt"), experiment) if constants.RESUME else None
+    warnings.filterwarnings("ignore", module="lightning_fabric|pytorch_lightning")  # metrics.csv is rewritten, not lost
     with explained(f"{Path(*where)} cannot be written", "Choose another OUTPUT_DIR."):
         logger = CSVLogger(*where, flush_logs_every_n_steps=1)
         logger.log_hyperparams(vars(constants))

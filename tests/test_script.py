@@ -303,6 +303,7 @@ def kill_and_resume(data_dir: Path, kills: int, seed: int) -> None:
         checkpoint(RUN)  # whole
     last = run_script(*flags, f"--resume={RUN}")
     assert last.returncode == 0, last.stderr
+    assert "deleted" not in last.stderr  # as Lightning says of metrics.csv, which is written anew
     run_script(*flags, "--output-dir=undisturbed")
     same_end(RUN, "undisturbed" / RUN.relative_to("runs"))
     assert subprocess_kills >= min(kills, 2)
