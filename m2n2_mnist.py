@@ -51,7 +51,7 @@ RUNS = 1  # how often to repeat the experiment, with consecutive seeds [1, inf]
 ITERATIONS = 50_000  # children evaluated in a run, which is forward passes [1, inf]
 TEST_EVERY = 1_000  # iterations between two rows of metrics.csv [1, inf]
 CHECKPOINT_EVERY = 2_500  # iterations between two checkpoints [1, inf]
-RESUME = ""  # folder of an interrupted run to go on with, it alone, runs/m2n2_mnist/version_3; "" for none
+RESUME = ""  # folder of an interrupted run to go on with, runs/m2n2_mnist/version_3; "" for none
 DATA_DIR = "data"  # folder that holds MNIST, or gets it downloaded
 OUTPUT_DIR = "runs"  # folder that gets m2n2_mnist/version_N for each run
 # Model and data
@@ -492,7 +492,10 @@ def parse_constants(argv: Sequence[str] | None = None) -> argparse.Namespace:
         flag, check = f"--{name.lower().replace('_', '-')}", partial(checked, name, accepted)
         text = f"{meaning} (default: {globals()[name]!r})"
         parser.add_argument(flag, dest=name, type=check, default=str(globals()[name]), help=text)
-    return parser.parse_args(argv)
+    constants = parser.parse_args(argv)
+    if constants.RESUME and constants.RUNS > 1:
+        parser.error(f"RUNS is {constants.RUNS}, but RESUME goes on with one run")
+    return constants
 
 
 def launch(constants: argparse.Namespace) -> Fabric:
@@ -552,14 +555,15 @@ def run(constants: argparse.Namespace, fabric: Fabric, data: MNISTDataModule, hi
         save_whole(partial(torch.save, {"experiment": experiment, "m2n2": m2n2.state_dict()}), folder / "checkpoint.pt")
 
     def after_child(m2n2: M2N2) -> bool:
-        together = fabric.world_size == 1 or m2n2.iteration % 50 == 0  # all processes stop at the same child
         if m2n2.history and m2n2.history[-1]["iteration"] == m2n2.iteration:
             logger.log_metrics(m2n2.history[-1], m2n2.iteration)
         if m2n2.iteration % constants.CHECKPOINT_EVERY == 0:
             save_checkpoint()
-        if fabric.world_size > 1 and together:
+        if fabric.world_size > 1:  # all stop at the same child
+            if m2n2.iteration % 50:
+                return False
             caught.append(int(fabric.all_reduce(torch.tensor(caught[-1]), reduce_op="max")))
-        return together and caught[-1] > 0
+        return caught[-1] > 0
 
     def interrupt(number: int, frame: object) -> None:
         caught.append(number)
@@ -584,7 +588,8 @@ def run(constants: argparse.Namespace, fabric: Fabric, data: MNISTDataModule, hi
     fabric.print(f"Test accuracy of the archive as an ensemble: {m2n2.test_accuracy(m2n2.archive):.2%}")
     fabric.print(f"{children:,} children in {seconds:.1f} s, {children / seconds:.1f} a second\nFiles: {folder}")
     if interrupted:
-        fabric.print("To go on:", shlex.join(["python", *sys.argv, f"--seed={constants.SEED}", f"--resume={folder}"]))
+        flags = f"--seed={constants.SEED}", "--runs=1", f"--resume={folder}"
+        fabric.print(f"To go on: {shlex.join(['python', *sys.argv, *flags])}")
     fabric.print(f"Evolution interrupted at iteration {m2n2.iteration}." if interrupted else "Evolution finished.")
     accuracy = m2n2.test_accuracy(get_params(best)[None])
     fabric.print(f"Final Test Accuracy of the best model: {accuracy:.2%}", flush=True)
@@ -601,13 +606,13 @@ def main() -> None:
         with fabric.rank_zero_first(local=True):
             data.prepare_data()
         data.setup()
-        for _ in range(1 if constants.RESUME else constants.RUNS):
+        for seed in range(constants.SEED, constants.SEED + constants.RUNS):
+            constants.SEED = seed
             if caught := run(constants, fabric, data, histories):
                 sys.exit(128 + caught)
-            constants.SEED += 1
-        if len(histories) > 1:
+        if constants.RUNS > 1:
             std, mean = torch.std_mean(torch.tensor([100 * history[-1]["test_acc"] for history in histories]))
-            fabric.print(f"Mean Test Accuracy of {len(histories)} runs: {mean:.2f} ± {std:.2f}%")
+            fabric.print(f"Mean Test Accuracy of {constants.RUNS} runs: {mean:.2f} ± {std:.2f}%")
     except (UserError, OSError) as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
