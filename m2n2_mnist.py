@@ -10,9 +10,12 @@ in 4 minutes on 2 cores of an Intel Xeon with bf16. This is Model Merging of Nat
 """
 
 import argparse
+import ast
 import contextlib
+import inspect
 import io
 import logging
+import math
 import os
 import re
 import shlex
@@ -25,14 +28,13 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import KW_ONLY, dataclass, fields
 from functools import partial
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import LightningEnvironment
 from lightning_fabric.utilities.rank_zero import rank_zero_only
@@ -40,38 +42,99 @@ from pytorch_lightning import LightningDataModule, LightningModule, Trainer, see
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchvision.datasets.mnist import MNIST, read_sn3_pascalvincent_tensor
+from torchvision.datasets import mnist
 from tqdm import tqdm
 
-# --- Constants: edit these. The brackets hold what is accepted; --help lists them all ---
+# --- Constants: edit these. Any Python does; ACCEPTED below says which values ---
 
 # Run
-SEED = 42  # seed of the first run [0, 4294967295]
-RUNS = 1  # how often to repeat the experiment, with consecutive seeds [1, inf]
-ITERATIONS = 50_000  # children evaluated in a run, which is forward passes [1, inf]
-TEST_EVERY = 1_000  # iterations between two rows of metrics.csv [1, inf]
-CHECKPOINT_EVERY = 2_500  # iterations between two checkpoints [1, inf]
+SEED = 42  # seed of the first run
+RUNS = 1  # how often to repeat the experiment, with consecutive seeds
+ITERATIONS = 50_000  # children evaluated in a run, which is forward passes
+TEST_EVERY = 1_000  # iterations between two rows of metrics.csv
+CHECKPOINT_EVERY = 2_500  # iterations between two checkpoints
 RESUME = ""  # folder of an interrupted run to go on with, runs/m2n2_mnist/version_3; "" for none
 DATA_DIR = "data"  # folder that holds MNIST, or gets it downloaded
 OUTPUT_DIR = "runs"  # folder that gets m2n2_mnist/version_N for each run
 # Model and data
-IMAGE_SIZE = 10  # pixels a side: 28 is MNIST as it is, less is an area average [1, 28]
-HIDDEN_DIM = 96  # hidden units of the MLP [1, inf]
+IMAGE_SIZE = 10  # pixels a side: 28 is MNIST as it is, less is an area average
+HIDDEN_DIM = 96  # hidden units of the MLP
 # M2N2
-START = "scratch"  # or trained on digits 0-4 and 5-9, then no mutation [scratch | specialists]
-ARCHIVE_SIZE = 10  # models in the archive, K; the paper's 20 [2, inf]
-SCORE = "probability"  # that of the true class, or the paper's 0/1 [probability | correct]
-TEMPERATURE = 0.67  # of the softmax of the probability; higher is smoother [0.001, 1000.0]
-ALPHA = 1.0  # competition: 1 shares each example among its models, 0 is a plain GA [0.0, 3.0]
-INIT_STD = 0.01  # standard deviation of the two random models at the start [1.0e-12, 1e+30]
-MUTATION_STD = 0.008  # standard deviation of the mutation at the start of a run [0.0, 1e+30]
-FINAL_MUTATION_STD = 0.0007  # the same at its end; the paper's is constant [0.0, 1e+30]
-USE_CROSSOVER = True  # False: a child is a mutated copy of its first parent [true | false]
-USE_SPLIT_POINT = True  # False: one SLERP over the whole vector [true | false]
-USE_ATTRACTION = True  # False: both parents are drawn by fitness [true | false]
+START = "scratch"  # or "specialists" trained on digits 0-4 and 5-9, then merged without mutation
+ARCHIVE_SIZE = 10  # models in the archive, K; the paper's 20
+SCORE = "probability"  # that of the true class, or the paper's 0/1: "correct"
+TEMPERATURE = 0.67  # of the softmax of the probability; higher is smoother
+ALPHA = 1.0  # competition: 1 shares each example among its models, 0 is a plain GA
+INIT_STD = 0.01  # standard deviation of the two random models at the start
+MUTATION_STD = 0.008  # σ, standard deviation of the mutation, at the start of a run
+FINAL_MUTATION_STD = 0.0007  # σ at its end; the paper's is constant
+USE_CROSSOVER = True  # False: a child is a mutated copy of its first parent
+USE_SPLIT_POINT = True  # False: one SLERP over the whole vector
+USE_ATTRACTION = True  # False: both parents are drawn by fitness
 # Hardware
-ACCELERATOR = "auto"  # where to compute [auto | cpu | cuda]
-PRECISION = "auto"  # of the evaluation; auto: bf16 if in hardware [auto | bf16-true | 32-true]
+ACCELERATOR = "auto"  # where to compute; auto: on CUDA if there is one
+PRECISION = "auto"  # of the evaluation; auto: bf16 if in hardware
+
+# --- What is accepted, said once for the classes below, the constants, the flags and --help ---
+CONSTANTS = {  # type, then its range or its choices
+    "seed": (int, 0, 2**32 - 1),
+    "runs": (int, 1, math.inf),
+    "iterations": (int, 1, 10**15),
+    "test_every": (int, 1, math.inf),
+    "checkpoint_every": (int, 1, math.inf),
+    "resume": (Path,),
+    "data_dir": (Path,),
+    "output_dir": (Path,),
+    "image_size": (int, 1, 28),
+    "hidden_dim": (int, 1, 10**7),
+    "start": (str, "scratch", "specialists"),
+    "archive_size": (int, 2, 10**6),
+    "score": (str, "probability", "correct"),
+    "temperature": (float, 1e-3, 1e3),
+    "alpha": (float, 0.0, 3.0),
+    "init_std": (float, 1e-12, 1e30),
+    "mutation_std": (float, 0.0, 1e30),
+    "final_mutation_std": (float, 0.0, 1e30),
+    "use_crossover": (bool,),
+    "use_split_point": (bool,),
+    "use_attraction": (bool,),
+    "accelerator": (str, "auto", "cpu", "cuda"),
+    "precision": (str, "auto", "bf16-true", "32-true"),
+}
+ACCEPTED = CONSTANTS | {  # arguments alone
+    "input_dim": (int, 1, 10**7),
+    "output_dim": (int, 1, 10**7),
+    "batch_size": (int, 1, math.inf),
+    "schedule": (int, 0, 10**15),
+}
+if gone := [name.upper() for name in CONSTANTS if name.upper() not in globals()]:
+    sys.exit(f"Error: {', '.join(gone)} must stay at the top of {__file__}, with a value.")
+
+
+def accepted(name: str) -> str:
+    """What an argument or constant takes, in words."""
+    kind, *limits = ACCEPTED[name.lower()]
+    if kind in (int, float):
+        return f"{'an integer' if kind is int else 'a number'} from {limits[0]} to {limits[1]}"
+    return {str: " | ".join(map(repr, limits)), bool: "True | False", Path: "a folder"}[kind]
+
+
+def checked(name: str, value: object) -> int | float | bool | str:
+    """`value` in the type that `name` has; ValueError that names it, the value and what is accepted.
+
+    A whole float serves as an integer, and a `Path` as the text of a folder, in which ~ is the home folder.
+    """
+    kind, *limits = ACCEPTED[name.lower()]
+    if kind is Path and isinstance(value, str | Path):
+        return os.path.expanduser(value)
+    if kind is bool and isinstance(value, bool | np.bool_):
+        return bool(value)
+    if kind is str and isinstance(value, str) and value.lower() in limits:
+        return value.lower()
+    is_number = kind in (int, float) and isinstance(value, Real) and not isinstance(value, bool)
+    if is_number and limits[0] <= value <= limits[1] and (kind is float or value % 1 == 0):  # false for NaN
+        return kind(value)
+    raise ValueError(f"{name} is {value!r}, accepted is {accepted(name)}")
 
 
 class UserError(Exception):
@@ -114,21 +177,28 @@ def slerp(t: float | Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 # --- Model ---
 class MLP(LightningModule):
-    """Images `(examples, ...)` → hidden ReLU layer → logits `(examples, classes)`; `MLP(64, 256)` is the paper's."""
+    """Images `(examples, ...)` → hidden ReLU layer → logits `(examples, classes)`; `MLP(64, 256)` is the paper's.
+
+    ValueError for dimensions that are no positive integers.
+    """
 
     def __init__(self, input_dim: int, hidden_dim: int = HIDDEN_DIM, output_dim: int = 10) -> None:
         super().__init__()
-        self.hidden, self.output = nn.Linear(input_dim, hidden_dim), nn.Linear(hidden_dim, output_dim)
+        input_dim, hidden_dim = checked("input_dim", input_dim), checked("hidden_dim", hidden_dim)
+        self.hidden = nn.Linear(input_dim, hidden_dim)
+        self.output = nn.Linear(hidden_dim, checked("output_dim", output_dim))
 
     def forward(self, images: Tensor) -> Tensor:
-        # relu(x + b) = max(x, -b) + b, and that + b moves on into the output's bias: memory is passed over less often.
+        # What it computes is self.output(self.hidden(images.flatten(1)).relu()), with memory passed over less often:
+        # relu(x + b) = max(x, -b) + b, and that + b moves on into the output's bias.
         hidden = (images.flatten(1) @ self.hidden.weight.T).clamp_(min=-self.hidden.bias)
         bias = torch.addmv(self.output.bias, self.output.weight, self.hidden.bias)
         # (classes, examples) in memory: a softmax over the classes is then 20 times faster.
         return torch.addmm(bias[:, None], self.output.weight, hidden.T).T
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return F.cross_entropy(self(batch[0]), batch[1])
+        images, labels = batch
+        return nn.functional.cross_entropy(self(images), labels)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters())
@@ -148,13 +218,15 @@ class MNISTDataModule(LightningDataModule):
 
     `train_images` and `test_images` are float32 `(examples, 1, image_size, image_size)`, less the mean training image
     and over the training set's standard deviation; `train_labels` and `test_labels` are int64 `(examples,)`.
-    UserError for files that cannot be downloaded or are not whole.
+    `checksum` is that of the four files' bytes. ValueError for arguments that are not accepted; UserError for files
+    that cannot be downloaded or are not whole.
     """
 
     def __init__(self, data_dir: str | Path = DATA_DIR, image_size: int = IMAGE_SIZE, batch_size: int = 128) -> None:
         super().__init__()
-        self.raw_dir = Path(data_dir, "MNIST", "raw")  # torchvision's layout
-        self.image_size, self.batch_size = image_size, batch_size
+        self.raw_dir = Path(checked("data_dir", data_dir), "MNIST", "raw")  # torchvision's layout
+        self.image_size = checked("image_size", image_size)
+        self.batch_size = checked("batch_size", batch_size)
 
     def prepare_data(self) -> None:
         """Download the files that are missing, if any; each gets its name only when whole."""
@@ -165,24 +237,36 @@ class MNISTDataModule(LightningDataModule):
             if missing:
                 self.raw_dir.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(dir=self.raw_dir) as folder:
-                    MNIST(folder, download=True)
+                    mnist.MNIST(folder, download=True)
                     for name in missing:
                         os.replace(Path(folder, "MNIST", "raw", name), self.raw_dir / name)
 
     def setup(self, stage: str | None = None) -> None:
         """Read the files whole and make the tensors; one as long as MNIST's must be MNIST's."""
+        self.checksum = 0
+        train_images, train_labels, test_images, test_labels = self._read(*IDX_FILES)
+        train, test = (
+            nn.functional.adaptive_avg_pool2d(images[:, None] / 255, self.image_size)
+            for images in (train_images, test_images)
+        )
+        mean, std = train.mean(dim=0), train.std()
+        self.train_images, self.train_labels = (train - mean) / std, train_labels.long()
+        self.test_images, self.test_labels = (test - mean) / std, test_labels.long()
+
+    def _read(self, *names: str) -> list[Tensor]:
+        """The uint8 tensors of the files, images before their labels."""
         tensors = []
-        for name, (items, crc) in IDX_FILES.items():
-            path = self.raw_dir / name
+        for name in names:
+            path, (items, crc) = self.raw_dir / name, IDX_FILES[name]
             with explained(f"{path} is not a whole MNIST file", "Delete it and run again, or check DATA_DIR."):
-                tensors.append(values := read_sn3_pascalvincent_tensor(path))
-                shape = (len(tensors[-2]),) if "labels" in name else (len(values), 28, 28)
+                values = mnist.read_sn3_pascalvincent_tensor(path)
+                shape = (len(tensors[-1]),) if "labels" in name else (len(values), 28, 28)
                 altered = len(values) == items and zlib.crc32(values.numpy()) != crc
                 if altered or values.shape != shape or ("labels" in name and values.max() > 9):
                     raise ValueError("its checksum or shape is wrong, or a label is above 9")
-        train, test = (F.adaptive_avg_pool2d(images[:, None] / 255, self.image_size) for images in tensors[::2])
-        self.train_images, self.test_images = ((x - train.mean(dim=0)) / train.std() for x in (train, test))
-        self.train_labels, self.test_labels = (labels.long() for labels in tensors[1::2])
+            self.checksum = zlib.crc32(values.numpy(), self.checksum)
+            tensors.append(values)
+        return tensors
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(TensorDataset(self.train_images, self.train_labels), self.batch_size, shuffle=True)
@@ -192,143 +276,216 @@ class MNISTDataModule(LightningDataModule):
 
 
 # --- M2N2 ---
-@dataclass(eq=False)
+def check_examples(split: str, images: Tensor, labels: Tensor, like: Tensor) -> None:
+    """ValueError unless these are floating-point images like `like`, at least one, each with an int64 label."""
+    if not images.is_floating_point() or len(images) == 0 or images.shape[1:] != like.shape[1:]:
+        shape = ("examples", *like.shape[1:])
+        raise ValueError(f"{split}_images is {images.dtype} {tuple(images.shape)}, accepted is floating-point {shape}")
+    if labels.dtype != torch.long or labels.shape != images.shape[:1]:
+        raise ValueError(f"{split}_labels is {labels.dtype} {tuple(labels.shape)}, accepted is int64 ({len(images)},)")
+    if not images.device == labels.device == like.device or images.dtype != like.dtype:
+        raise ValueError(
+            f"{split}_images is {images.dtype} on {images.device}, {split}_labels on {labels.device}, "
+            f"accepted is {like.dtype} on {like.device}, where train_images is"
+        )
+
+
 class M2N2:
     """Model Merging of Natural Niches: a steady-state evolution of an archive of K models.
 
     Works with any `model` from images to logits `(examples, classes)`, on the images' device and in their precision;
-    the archive stays float32. Symbols are the paper's: s_ij in [0, 1] is the score of model i on training example j,
-    z_j = Σ_i s_ij, f_i the fitness of model i. The archive starts as K empty slots (zeros), into which
+    the archive stays float32. All parameters evolve, frozen ones too; buffers stay the model's own, and it is
+    evaluated as after `model.eval()`. Symbols are the paper's: s_ij in [0, 1] is the score of model i on training
+    example j, z_j = Σ_i s_ij, f_i the fitness of model i. The archive starts as K empty slots (zeros), into which
     `initial_models`, by default two random ones, are put like children. Under torch.distributed each process holds
-    the whole archive and its part of the training examples. ValueError for K < 2 or an unknown score.
+    the whole archive and its part of the training examples. ValueError for arguments that are not accepted.
+
     Attributes: `archive` (archive, params), `scores` (archive, examples of this process), `iteration` (children so
-    far), `history` (the rows that `evolve` measured).
+    far), `history` (the rows that `evolve` measured), `schedule` (children over which σ falls; 0 until the first
+    `evolve` sets it to its end).
     """
 
-    model: nn.Module
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-    _: KW_ONLY
-    archive_size: int = ARCHIVE_SIZE
-    score: str = SCORE
-    temperature: float = TEMPERATURE
-    alpha: float = ALPHA
-    init_std: float = INIT_STD
-    mutation_std: float = MUTATION_STD
-    final_mutation_std: float = FINAL_MUTATION_STD
-    use_crossover: bool = USE_CROSSOVER
-    use_split_point: bool = USE_SPLIT_POINT
-    use_attraction: bool = USE_ATTRACTION
-    initial_models: Sequence[nn.Module] = ()
-    seed: int = SEED
+    def __init__(
+        self,
+        model: nn.Module,
+        train_images: Tensor,
+        train_labels: Tensor,
+        test_images: Tensor,
+        test_labels: Tensor,
+        *,
+        archive_size: int = ARCHIVE_SIZE,
+        score: str = SCORE,
+        temperature: float = TEMPERATURE,
+        alpha: float = ALPHA,
+        init_std: float = INIT_STD,
+        mutation_std: float = MUTATION_STD,
+        final_mutation_std: float = FINAL_MUTATION_STD,
+        schedule: int = 0,
+        use_crossover: bool = USE_CROSSOVER,
+        use_split_point: bool = USE_SPLIT_POINT,
+        use_attraction: bool = USE_ATTRACTION,
+        initial_models: Sequence[nn.Module] = (),
+        seed: int = SEED,
+    ) -> None:
+        self.archive_size = checked("archive_size", archive_size)
+        self.score = checked("score", score)
+        self.temperature = checked("temperature", temperature)
+        self.alpha = checked("alpha", alpha)
+        self.init_std = checked("init_std", init_std)
+        self.mutation_std = checked("mutation_std", mutation_std)
+        self.final_mutation_std = checked("final_mutation_std", final_mutation_std)
+        self.schedule = checked("schedule", schedule)
+        self.use_crossover = checked("use_crossover", use_crossover)
+        self.use_split_point = checked("use_split_point", use_split_point)
+        self.use_attraction = checked("use_attraction", use_attraction)
+        check_examples("train", train_images, train_labels, train_images)
+        check_examples("test", test_images, test_labels, train_images)
+        self._generator = torch.Generator(train_images.device).manual_seed(checked("seed", seed))
+        self._random = {"device": train_images.device, "generator": self._generator}
 
-    def __post_init__(self) -> None:
-        if self.archive_size < 2 or self.score not in ("probability", "correct"):
-            raise ValueError(f"archive_size is {self.archive_size}, score is {self.score!r}")
-        rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self._class_sizes = self.train_labels.bincount()  # (classes,), of all processes
-        parts = (x.tensor_split(processes)[rank].contiguous() for x in (self.train_images, self.train_labels))
-        self.train_images, self.train_labels = parts
-        device = self.train_images.device
-        self._evaluated = deepcopy(self.model).to(device, self.train_images.dtype).eval().requires_grad_(False)
+        self.model = model
+        self._evaluated = deepcopy(model).to(train_images.device, train_images.dtype).eval().requires_grad_(False)
         self._weights = get_params(self._evaluated)  # (params,), of which its parameters are views: loading is one copy
         nn.utils.vector_to_parameters(self._weights, self._evaluated.parameters())
+        self._class_sizes = train_labels.bincount(minlength=self._classes(train_images, train_labels, test_labels))
+        rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.train_images = train_images.tensor_split(processes)[rank].contiguous()
+        self.train_labels = train_labels.tensor_split(processes)[rank].contiguous()
+        self.test_images, self.test_labels = test_images, test_labels
 
         # Row K is the child's place. It is then copied onto the row that goes, itself if the child loses: no branch.
-        self._models = torch.zeros(self.archive_size + 1, len(self._weights), device=device)
-        self._scores = torch.zeros(self.archive_size + 1, len(self.train_labels), device=device)
-        self.archive, self.scores = self._models[:-1], self._scores[:-1]
+        rows, params, examples = self.archive_size + 1, len(self._weights), len(self.train_labels)
+        self._models = torch.zeros(rows, params, device=train_images.device)
+        self._scores = torch.zeros(rows, examples, device=train_images.device)
+        self.archive, self._child = self._models[:-1], self._models[-1]
+        self.scores, self._child_scores = self._scores[:-1], self._scores[-1]
         # Fresh memory costs more than arithmetic, and the allocator keeps what a layer frees only below 32 MiB.
         widest = max(parameter.shape[:1].numel() for parameter in self._evaluated.parameters())
         size = 24 * 2**20 // (widest * self._weights.element_size())  # examples evaluated at a time
         parts = (x.split(size) for x in (self.train_images, self.train_labels, self._scores[-1]))
         self._parts = list(zip(*parts, strict=True))
-        self._positions = torch.arange(len(self._weights), device=device)
-        self._std, self._accepted = torch.tensor([[self.mutation_std], [0.0]], device=device)
-        self._generator = torch.Generator(device).manual_seed(self.seed)
-        self._random = {"device": device, "generator": self._generator}
+        self._positions = torch.arange(params, device=train_images.device)
+        self._launch, self._warm_ups = self._step, 3 if self._weights.is_cuda else 0
+        self._sigma, self._accepted = torch.tensor([[self.mutation_std], [0.0]], device=train_images.device)
         self.iteration, self.history = 0, []
-        randoms = (self.init_std * torch.randn(len(self._weights), **self._random) for _ in "AB")
-        for params in map(get_params, self.initial_models) if self.initial_models else randoms:
-            self._evaluate(params.to(device))
+        randoms = (self.init_std * torch.randn(params, **self._random) for _ in range(2))
+        for first in map(get_params, initial_models) if initial_models else randoms:
+            self._evaluate(first.to(train_images.device))
             self._update_archive()
         self._accepted.zero_()
+
+    def _classes(self, images: Tensor, *labels: Tensor) -> int:
+        """How many classes the model knows; ValueError for another kind of answer, or for labels beyond them."""
+        with torch.no_grad():
+            logits = self._evaluated(images[:2])
+        if logits.ndim != 2 or len(logits) != len(images[:2]):
+            raise ValueError(f"model answers {tuple(logits.shape)} to 2 images, accepted is (examples, classes)")
+        for name, values in zip(("train_labels", "test_labels"), labels, strict=True):
+            if values.min() < 0 or values.max() >= logits.shape[1]:
+                last = logits.shape[1] - 1
+                raise ValueError(f"{name} holds {values.min()} to {values.max()}, accepted is 0 to {last} by the model")
+        return logits.shape[1]
 
     def evolve(self, iterations: int, test_every: int = TEST_EVERY, after_child: Callable = lambda m2n2: False) -> None:
         """Make `iterations` more children, or until `after_child(self)` is true; every `test_every`, extend `history`.
 
-        The mutation schedule spans the run from its first child ever to the last of this call: a run that goes on
-        takes it up where it was, and one that goes on beyond its end mutates as a longer run does at that point.
+        σ falls over the `schedule`, by default to the end of the first call, and stays at its final value beyond.
         """
-        end, step, capture_at = self.iteration + iterations, self._step, self.iteration + 3
+        end = self.iteration + checked("iterations", iterations)
+        test_every = checked("test_every", test_every)
+        self.schedule = self.schedule or end
+        terminal = sys.stderr.isatty()  # elsewhere, in a cluster's log say, a line every 10 seconds
         # A narrow terminal cuts the end off, so the figures come before the times.
-        layout = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}, {rate_fmt}]"
-        options = {"initial": self.iteration, "bar_format": layout, "disable": rank_zero_only.rank > 0}
-        with tqdm(None, "Evolving Models", end, **options) as bar:
+        layout = "{desc}: {percentage:3.0f}%{postfix} |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
+        options = {
+            "initial": self.iteration,
+            "disable": rank_zero_only.rank > 0,
+            "mininterval": 0.1 if terminal else 10,
+        }
+        with tqdm(None, "Evolving Models", end, bar_format=layout + "\n" * (not terminal), **options) as bar:
             while self.iteration < end:
-                wave = (1 + np.cos(np.pi * self.iteration / end)) / 2  # 1 to 0
-                self._std.fill_(self.final_mutation_std + (self.mutation_std - self.final_mutation_std) * wave)
-                if self._weights.is_cuda and self.iteration == capture_at:  # the first few warm CUDA up
-                    step = self._captured_step()
-                step()
+                self._sigma.fill_(self._sigma_now())
+                self._next_child()
                 self.iteration += 1
                 bar.update()
                 if self.iteration % test_every == 0 or self.iteration == end:
                     self.history.append(row := self._measure())
-                    bar.set_postfix(best_fitness=f"{row['best_fitness']:.1f}", test_acc=f"{row['test_acc']:.2%}")
+                    shown = {name: f"{row[name]:.2%}" for name in ("train_acc", "test_acc")}
+                    bar.set_postfix(best_fitness=f"{row['best_fitness']:.0f}", **shown, refresh=terminal)
                 if after_child(self):
                     break
+
+    def _sigma_now(self) -> float:
+        """σ, which falls by half a cosine from `mutation_std` to `final_mutation_std`."""
+        wave = (1 + np.cos(np.pi * min(self.iteration, self.schedule) / self.schedule)) / 2  # 1 to 0
+        return self.final_mutation_std + (self.mutation_std - self.final_mutation_std) * wave
 
     @torch.inference_mode()
     def _step(self) -> None:
         """One child, from its parents to its place in the archive; the host waits for nothing."""
-        first, second = self._select_parents()
-        child = self._crossover(first, second)
+        parent_a, parent_b = self._select_parents()
+        child = self._crossover(parent_a, parent_b)
         self._evaluate(self._mutate(child))
         self._update_archive()
 
+    def _next_child(self) -> None:
+        """A step. On CUDA, after a few of them, the replay of a graph captured of it once: a single launch."""
+        self._launch()
+        if self._warm_ups:
+            self._warm_ups -= 1
+            self._launch = self._step if self._warm_ups else self._captured_step()
+
     def _captured_step(self) -> Callable[[], None]:
-        """`_step` as a CUDA graph, captured once: each replay is a single launch."""
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self._generator)
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._step()
+        """The replay of `_step` as a CUDA graph, or `_step` itself where the model makes the host wait."""
+        graph, state = torch.cuda.CUDAGraph(), self._generator.get_state()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # newer PyTorch registers a generator on its first use, and warns
+                graph.register_generator_state(self._generator)
+            own_stream = torch.cuda.stream(torch.cuda.current_stream())  # to which a failed capture would not return
+            with own_stream, torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._step()
+        except RuntimeError as error:
+            print(f"No CUDA graph, which is slower: the model cannot be captured ({str(error).splitlines()[0]})")
+            self._generator = self._random["generator"] = torch.Generator(
+                self._weights.device
+            )  # the other may be stuck
+            self._generator.set_state(state)
+            return self._step
         return graph.replay
 
     def _select_parents(self) -> tuple[Tensor, Tensor]:
         """Indices `(1,)`: P(A) = f_A / Σ f; P(B) = g_B / Σ g, the attraction g_B = Σ_j max(s_Bj - s_Aj, 0) / z_j^α."""
-        fitness = self._update_fitness()
-        first = self._draw(fitness)
+        fitness, example_weights = self._update_fitness()
+        parent_a = self._draw(fitness)
         if not self.use_attraction:
-            return first, self._draw(fitness)
-        gain = (self.scores - self.scores.index_select(0, first)).relu_()  # (archive, examples)
-        attraction = self._sum(gain @ self._shares).index_fill_(0, first, 1e-30)  # (archive,); B = A if all g are 0
-        return first, self._draw(attraction)
+            return parent_a, self._draw(fitness)
+        gain = (self.scores - self.scores.index_select(0, parent_a)).relu_()  # (archive, examples)
+        attraction = self._sum(gain @ example_weights).index_fill_(0, parent_a, 1e-30)  # B = A if all g are 0
+        return parent_a, self._draw(attraction)
 
     def _draw(self, weights: Tensor) -> Tensor:
         """An index `(1,)` with probability weights / Σ weights; torch.multinomial would make the host wait."""
         noise = torch.empty_like(weights).exponential_(generator=self._generator)
         return torch.argmax(weights / noise, dim=0, keepdim=True)
 
-    def _crossover(self, first: Tensor, second: Tensor) -> Tensor:
+    def _crossover(self, parent_a: Tensor, parent_b: Tensor) -> Tensor:
         """Child `(params,)`: SLERP(w) before the split point p, SLERP(1 - w) after; w ~ U(0, 1), p ~ U{0..params-1}."""
-        a, b = self.archive.index_select(0, torch.cat([first, second]))
+        a, b = self.archive.index_select(0, torch.cat([parent_a, parent_b]))
         if not self.use_crossover:
             return a
-        mix = torch.rand(1, **self._random)
+        w = torch.rand(1, **self._random)
         if self.use_split_point:
-            split = torch.randint(len(a), (1,), **self._random)
-            mix = torch.where(self._positions < split, mix, 1 - mix)  # (params,)
-        return slerp(mix, a, b)
+            split_point = torch.randint(len(a), (1,), **self._random)
+            w = torch.where(self._positions < split_point, w, 1 - w)  # (params,)
+        return slerp(w, a, b)
 
     def _mutate(self, child: Tensor) -> Tensor:
-        """child + σ N(0, 1); `evolve` sets σ, which falls by half a cosine from `mutation_std` to the final one."""
-        return child + self._std * torch.randn(len(child), **self._random)
+        """child + σ N(0, 1); `evolve` sets σ."""
+        return child + self._sigma * torch.randn(len(child), **self._random)
 
     def _logits(self, params: Tensor, images: Tensor) -> Tensor:
-        """Logits `(classes, examples)` of the model with these parameters."""
+        """Logits `(classes, examples)` of the model with these parameters; they may be the model's own memory."""
         self._weights.copy_(params)
         return self._evaluated(images).T.float()
 
@@ -337,26 +494,30 @@ class M2N2:
         for images, labels, row in self._parts:
             logits, labels, row = self._logits(child, images), labels[None], row[None]
             if self.score == "probability":
-                torch.gather(logits.mul_(1 / self.temperature).softmax(dim=0), 0, labels, out=row)
+                torch.gather((logits * (1 / self.temperature)).softmax(dim=0), 0, labels, out=row)
             else:
-                margin = logits.gather(0, labels) - logits.scatter_(0, labels, -torch.inf).amax(dim=0)
-                torch.add(margin > 0, margin, alpha=0, out=row)  # NaN where the model overflows, as a softmax is
-        self._models[-1] = child
+                margin = logits.gather(0, labels) - logits.scatter(0, labels, -torch.inf).amax(dim=0)
+                row.copy_(torch.where(margin.isnan(), margin, margin > 0))  # NaN where the model overflows, as softmax
+        self._child.copy_(child)
 
-    def _update_fitness(self, with_child: bool = False) -> Tensor:
-        """f_i = Σ_j s_ij / z_j^α, 0 where z_j = 0: `(archive,)` or `(archive + 1,)`, NaN for a child that overflows."""
+    def _update_fitness(self, with_child: bool = False) -> tuple[Tensor, Tensor]:
+        """f_i = Σ_j s_ij / z_j^α, 0 where z_j = 0, and the examples' weights 1 / z_j^α.
+
+        `(archive,)`, or with the child `(archive + 1,)`, NaN for one that overflows; and `(examples,)`.
+        """
         z = self.scores.sum(dim=0)  # (examples,)
         if with_child:
-            z += self._scores[-1].nan_to_num()  # nobody competes with a child that overflowed
-        self._shares = z.clamp_(min=1e-12).pow_(-self.alpha)
+            z += self._child_scores.nan_to_num()  # nobody competes with a child that overflowed
+        example_weights = z.clamp_(min=1e-12).pow_(-self.alpha)
         if not with_child:
-            return self._sum(self.scores @ self._shares)
+            return self._sum(self.scores @ example_weights), example_weights
         # Slower, but a product of matrices may sum equal rows to different bits, and here ties must be ties.
-        return self._sum(torch.linalg.vecdot(self._scores, self._shares))
+        return self._sum(torch.linalg.vecdot(self._scores, example_weights)), example_weights
 
     def _update_archive(self) -> None:
         """The worst of the K + 1 goes: the first of equals, and NaN before any number."""
-        worst = torch.argmin(self._update_fitness(with_child=True), dim=0, keepdim=True)
+        fitness, _ = self._update_fitness(with_child=True)
+        worst = torch.argmin(fitness, dim=0, keepdim=True)
         for rows in (self._models, self._scores):
             rows.index_copy_(0, worst, rows[-1:].clone())
         self._accepted += worst < self.archive_size
@@ -368,58 +529,80 @@ class M2N2:
         return values
 
     def _measure(self) -> dict[str, float]:
-        """A row of `history`. A member covers an example by a score above 1/2."""
-        hits, examples = self.train_hits().sum(dim=1), self._class_sizes.sum().item()  # (archive,)
+        """A row of `history`.
+
+        `coverage` is the share of training examples that at least one member classifies correctly, `diversity` the
+        share on which two members disagree, mean over all pairs (the disagreement measure, Skalak 1996), `acceptance`
+        the share of children since the row before that entered the archive.
+        """
+        predictions, filled = self.predict(self.archive, self.train_images), self.archive.any(dim=1)
+        right = (predictions == self.train_labels) & filled[:, None]  # (archive, examples)
+        hits, examples, members = self._sum(right.sum(dim=1)), self._class_sizes.sum().item(), predictions[filled]
+        pairs = max(1, len(members) * (len(members) - 1))
+        disagreements = self._sum(sum(((members != row).sum() for row in members), torch.zeros_like(hits[0])))
         row = {
             "iteration": self.iteration,
-            "best_fitness": self._update_fitness().max().item(),
+            "best_fitness": self._update_fitness()[0].max().item(),
             "train_acc": hits.max().item() / examples,
             "test_acc": self.test_accuracy(self.archive[hits.argmax()][None]),
-            "coverage": self._sum((self.scores.amax(dim=0) > 0.5).sum()).item() / examples,
+            "coverage": self._sum(right.any(dim=0).sum()).item() / examples,
+            "diversity": disagreements.item() / examples / pairs,
             "acceptance": self._accepted.item() / (self.iteration - sum(r["iteration"] for r in self.history[-1:])),
         }
         self._accepted.zero_()
         return row
 
     @torch.no_grad()
-    def train_hits(self) -> Tensor:
-        """How many training examples of each class each member gets right, `(archive, classes)`."""
-        predictions = [self._logits(params, self.train_images).max(dim=0).indices for params in self.archive]
-        right = torch.stack(predictions) == self.train_labels
-        return self._sum(right.float() @ F.one_hot(self.train_labels, len(self._class_sizes)).float())
+    def predict(self, models: Tensor, images: Tensor) -> Tensor:
+        """The class that each of some models `(models, params)` gives each image, `(models, examples)`."""
+        return torch.stack([self._logits(params, images).max(dim=0).indices for params in models])
+
+    def class_hits(self) -> Tensor:
+        """How many training examples of each class each member gets right, `(archive, classes)`; an empty slot none."""
+        right = self.predict(self.archive, self.train_images) == self.train_labels
+        right &= self.archive.any(dim=1, keepdim=True)
+        return self._sum(right.float() @ nn.functional.one_hot(self.train_labels, len(self._class_sizes)).float())
 
     @torch.no_grad()
     def test_accuracy(self, models: Tensor) -> float:
         """Test accuracy of the mean of the probabilities of some models `(models, params)`."""
         logits = (self._logits(params, self.test_images) for params in models)
-        probabilities = sum(x.div_(self.temperature).softmax(dim=0) for x in logits)
+        probabilities = sum((x / self.temperature).softmax(dim=0) for x in logits)
         return (probabilities.argmax(dim=0) == self.test_labels).float().mean().item()
 
     def best_model(self) -> nn.Module:
-        """The archive member with the highest training accuracy, as a model of its own."""
-        best = deepcopy(self.model)
-        set_params(best, self.archive[self.train_hits().sum(dim=1).argmax()])
+        """The archive member with the highest training accuracy, as a model of its own, in evaluation mode."""
+        best = deepcopy(self.model).eval()
+        set_params(best, self.archive[self.class_hits().sum(dim=1).argmax()])
         return best
 
     def state_dict(self) -> dict:
         """All that `load_state_dict` needs to go on as if nothing had happened."""
-        counts = {"iteration": self.iteration, "history": list(self.history), "accepted": self._accepted.clone()}
-        return counts | {"archive": self.archive.clone(), "generator": self._generator.get_state()}
+        return {
+            "iteration": self.iteration,
+            "schedule": self.schedule,
+            "history": list(self.history),
+            "accepted": self._accepted.clone(),
+            "archive": self.archive.clone(),
+            "generator": self._generator.get_state(),
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Take up the state of an equal M2N2; the scores are computed anew."""
+        """Take up the state of an equal M2N2; the scores are computed anew. A schedule of its own is kept."""
         for row, params in enumerate(state["archive"].to(self.archive)):
             self._evaluate(params)
-            self.archive[row], self.scores[row] = params, self._scores[-1] * params.any()  # zeros: an empty slot
+            self.archive[row] = params
+            self.scores[row] = torch.where(params.any(), self._child_scores, 0)  # zeros: an empty slot
         self._generator.set_state(state["generator"])
         self._accepted.copy_(state["accepted"])
+        self.schedule = self.schedule or state["schedule"]
         self.iteration, self.history = state["iteration"], list(state["history"])
 
 
 # --- Outputs ---
 @rank_zero_only
-def save_whole(save: Callable[[io.BytesIO], object], path: Path) -> None:
+def atomic_save(save: Callable[[io.BytesIO], object], path: Path) -> None:
     """What `save` writes, to a temporary file that is moved into place: whole or not at all."""
     buffer, temporary = io.BytesIO(), path.with_suffix(".tmp")
     save(buffer)
@@ -431,23 +614,12 @@ def save_whole(save: Callable[[io.BytesIO], object], path: Path) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: Path, experiment: dict) -> dict:
-    """M2N2's state; UserError unless the checkpoint is whole and of the same experiment, but for what may change."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        state, before = checkpoint["m2n2"], dict(checkpoint["experiment"])
-    except Exception as error:  # whose own text may tell how to run the code in the file
-        raise UserError(f"{path} is no whole checkpoint. RESUME wants a run's folder.") from error
-    free = ("RUNS", "ITERATIONS", "CHECKPOINT_EVERY", "RESUME", "DATA_DIR", "OUTPUT_DIR")
-    for name, value in experiment.items():
-        if name not in free and value != (was := before.get(name)):
-            raise UserError(f"{name} is {value!r}, but {was!r} in the run to RESUME. Set it so, or start afresh.")
-    return state
-
-
 @rank_zero_only
 def plot_evolution(histories: Sequence[list[dict]], niches: Tensor, path: Path) -> None:
-    """Left: coverage and accuracy, mean ± SD of runs. Right: `niches`, accuracy by digit `(archive, classes)`."""
+    """Left: accuracy, coverage, diversity, mean ± SD of runs. Right: `niches`, what tells the members apart.
+
+    `niches` `(archive, classes)` is each member's training accuracy on a digit.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -455,68 +627,144 @@ def plot_evolution(histories: Sequence[list[dict]], niches: Tensor, path: Path) 
     figure, rows = Figure(figsize=(7.2, 2.9), layout="constrained"), list(zip(*histories, strict=False))
     left, right = figure.subplots(1, 2)
     children = [runs[0]["iteration"] / 1_000 for runs in rows]
-    for key, label in (("coverage", "archive coverage"), ("test_acc", "best model, test accuracy")):
+    labels = {"coverage": "coverage", "test_acc": "best model, test accuracy", "diversity": "diversity"}
+    for key, label in labels.items():
         values = np.reshape([[100 * run[key] for run in runs] for runs in rows], (-1, len(histories)))
         mean, std = values.mean(axis=1), values.std(axis=1, ddof=min(1, len(histories) - 1))
         left.plot(children, mean, label=label)
         left.fill_between(children, mean - std, mean + std, alpha=0.3)
-    left.legend(loc="lower right")
+    left.legend(loc="center right")
     title = f"Evolution, mean ± SD of {len(histories)} runs" if len(histories) > 1 else "Evolution"
-    left.set(xlabel="children evaluated (thousands)", ylabel="examples (%)", title=title)
+    left.set(xlabel="children evaluated (thousands)", ylabel="training examples (%)", title=title)
     right.set(xlabel="digit", ylabel="archive member", title="Niches", xticks=range(10))
-    image = right.imshow(100 * niches.numpy(), aspect="auto", cmap="cividis")
-    figure.colorbar(image, label="training accuracy (%)")
-    save_whole(partial(figure.savefig, dpi=200), path)
+    difference = 100 * (niches - niches.mean(dim=0)).numpy()
+    limit = max(0.1, np.abs(difference).max())
+    image = right.imshow(difference, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit)
+    figure.colorbar(image, label="accuracy less the archive's mean (points)")
+    atomic_save(partial(figure.savefig, dpi=200), path)
 
 
-# --- Main ---
-def checked(name: str, accepted: str, text: str) -> object:
-    """A constant's value from its text, if it is `accepted`, as the brackets at the top say it."""
-    low, _, high = accepted.partition(", ")
-    with contextlib.suppress(ValueError):
-        if high and float(low) <= (number := (float if "." in low else int)(text)) <= float(high):  # false for NaN
-            return number
-        if text.lower() in accepted.split(" | "):
-            return {"true": True, "false": False}.get(text.lower(), text.lower())
-    if accepted:
-        raise argparse.ArgumentTypeError(f"{name} is {text!r}, accepted is [{accepted}]")
+# --- The command line ---
+def constants_of_the_file() -> dict[str, object]:
+    """The constants at the top, each checked."""
+    return {name.upper(): checked(name.upper(), globals()[name.upper()]) for name in CONSTANTS}
+
+
+def value_of(name: str, text: str) -> object:
+    """A flag's text as the constant would hold it: 1e4, true and FALSE are what they mean."""
+    if ACCEPTED[name][0] in (int, float, bool):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return ast.literal_eval(text.strip().title())
     return text
 
 
-def parse_constants(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The constants at the top, overridden from the command line, each checked."""
-    options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(None, "%(prog)s [--constant VALUE]...", __doc__, **options)
-    block = Path(__file__).read_text(encoding="utf-8").partition("\nclass ")[0]
-    for name, meaning, accepted in re.findall(r"^([A-Z_]+) = .*?  # (.+?(?: \[(.+)\])?)$", block, re.M):
-        flag, check = f"--{name.lower().replace('_', '-')}", partial(checked, name, accepted)
-        text = f"{meaning} (default: {globals()[name]!r})"
-        parser.add_argument(flag, dest=name, type=check, default=str(globals()[name]), help=text)
-    constants = parser.parse_args(argv)
-    if constants.RESUME and constants.RUNS > 1:
-        parser.error(f"RUNS is {constants.RUNS}, but RESUME goes on with one run")
-    return constants
+def parse_constants(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict[str, object]]:
+    """The constants at the top, overridden from the command line, each checked; and those that were overridden."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--constant VALUE]...",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    text = Path(__file__).read_text(encoding="utf-8", errors="replace").partition("\nCONSTANTS")[0]
+    comments = dict(re.findall(r"^([A-Z_]+)\b.*# *(.*)$", text, re.M))  # of use to --help alone
+    for name in CONSTANTS:
+        default = globals()[name.upper()]
+        meaning = f"{comments.get(name.upper(), '')} [{accepted(name)}] (default: {default!r})".strip()
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name.upper(), help=meaning.replace("%", "%%"))
+    flags = vars(parser.parse_args(argv))
+    try:
+        flags = {name: checked(name, value_of(name.lower(), text)) for name, text in flags.items()}
+        constants = argparse.Namespace(**constants_of_the_file() | flags)
+        if constants.RESUME and flags.get("RUNS", 1) > 1:
+            raise ValueError(f"RUNS is {constants.RUNS}, but RESUME goes on with one run")
+        if (last := constants.SEED + constants.RUNS - 1) > ACCEPTED["seed"][2]:
+            raise ValueError(
+                f"RUNS is {constants.RUNS}, with which SEED goes up to {last}, accepted is {accepted('seed')}"
+            )
+    except ValueError as error:
+        parser.exit(2, f"Error: {error}\n")
+    return constants, flags
 
 
+def resume(constants: argparse.Namespace, flags: dict[str, object]) -> dict:
+    """The checkpoint in RESUME, whose constants these become, but for what is given now and may change.
+
+    Given is a flag, or a constant that the file has with another value than at the time. UserError for one that must
+    not change, and unless the checkpoint is whole.
+    """
+    path = Path(constants.RESUME, "checkpoint.pt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        before, file, _ = dict(checkpoint["constants"]), dict(checkpoint["file"]), checkpoint["m2n2"]["archive"]
+    except Exception as error:  # whose own text may tell how to run the code in the file
+        raise UserError(f"{path} is no whole checkpoint of this script. RESUME wants a run's folder.") from error
+    given = {name: now for name, now in constants_of_the_file().items() if now != file.get(name, now)} | flags
+    for name in ("ITERATIONS", "CHECKPOINT_EVERY", "RESUME", "DATA_DIR", "OUTPUT_DIR"):
+        before[name] = given.pop(name, before[name])
+    for name, now in given.items():
+        if now not in ("auto", was := before.get(name)):
+            raise UserError(f"{name} is {now!r}, but {was!r} in the run to RESUME. Set it so, or start afresh.")
+    vars(constants).update(before, RUNS=1)
+    return checkpoint
+
+
+def command(fabric: Fabric, *flags: str) -> str:
+    """What starts this script again, on as many processes."""
+    launcher = ["torchrun", f"--nproc_per_node={fabric.world_size}"] if fabric.world_size > 1 else ["python"]
+    return shlex.join([*launcher, sys.argv[0], *flags])
+
+
+class Interruption:
+    """Ctrl-C or SIGTERM: the first is noted, so that all is saved before the end; a second one is the end."""
+
+    def __init__(self, fabric: Fabric) -> None:
+        self.fabric, self.signal = fabric, 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def agreed(self) -> int:
+        """The signal that any of the processes got, the same in all of them; or 0."""
+        if self.fabric.world_size > 1:
+            self.signal = int(self.fabric.all_reduce(self.signal, reduce_op="max"))
+        return self.signal
+
+
+# --- A run ---
 def launch(constants: argparse.Namespace) -> Fabric:
     """The device and, under torchrun, the processes; resolves ACCELERATOR and PRECISION."""
+    if constants.ACCELERATOR == "auto":
+        constants.ACCELERATOR = "cuda" if torch.cuda.is_available() else "cpu"
     here, everywhere = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     with explained(f"ACCELERATOR is {constants.ACCELERATOR!r}", "Set it to 'auto' or 'cpu'."):
         fabric = Fabric(accelerator=constants.ACCELERATOR, devices=here, num_nodes=everywhere // here)
     fabric.launch()
-    constants.ACCELERATOR = fabric.device.type
     if constants.PRECISION == "auto":  # bf16 where it is no emulation, which would be slower
         has_bf16 = any(torch.cpu.get_capabilities().get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
-        if fabric.device.type == "cuda":
+        if constants.ACCELERATOR == "cuda":
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         constants.PRECISION = "bf16-true" if has_bf16 else "32-true"
     return fabric
 
 
+def load_data(constants: argparse.Namespace, fabric: Fabric) -> MNISTDataModule:
+    """The data, downloaded by one process of each machine."""
+    data = MNISTDataModule(constants.DATA_DIR, constants.IMAGE_SIZE)
+    with fabric.rank_zero_first(local=True):
+        data.prepare_data()
+    data.setup()
+    return data
+
+
 def train_specialists(data: MNISTDataModule, hidden_dim: int, fabric: Fabric) -> list[MLP]:
     """Two MLPs, one trained for an epoch by gradient descent on digits 0 to 4, one on 5 to 9."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    models = [MLP(data.image_size**2, hidden_dim) for _ in "AB"]
+    models = [MLP(data.image_size**2, hidden_dim) for _ in range(2)]
     for model, chosen in zip(models, (data.train_labels < 5, data.train_labels > 4), strict=True):
         half = TensorDataset(data.train_images[chosen], data.train_labels[chosen])
         trainer = Trainer(accelerator="cpu", devices=1, plugins=LightningEnvironment(), max_epochs=1, barebones=True)
@@ -525,96 +773,133 @@ def train_specialists(data: MNISTDataModule, hidden_dim: int, fabric: Fabric) ->
     return models
 
 
-def run(constants: argparse.Namespace, fabric: Fabric, data: MNISTDataModule, histories: list[list[dict]]) -> int:
-    """One experiment, whose history joins the others': the number of the signal that interrupted it, or 0."""
-    experiment = {**vars(constants), "CRC-32 of the images in DATA_DIR": zlib.crc32(data.train_images.numpy())}
-    where = (constants.RESUME, "", "") if constants.RESUME else (constants.OUTPUT_DIR, "m2n2_mnist")
-    state = load_checkpoint(Path(*where, "checkpoint.pt"), experiment) if constants.RESUME else None
-    warnings.filterwarnings("ignore", module="lightning_fabric|pytorch_lightning")  # metrics.csv is rewritten, not lost
-    with explained(f"{Path(*where)} cannot be written", "Choose another OUTPUT_DIR."):
-        logger = CSVLogger(*where, flush_logs_every_n_steps=1)
-        logger.log_hyperparams(vars(constants))
-    folder = Path(logger.log_dir)
-
+def build(constants: argparse.Namespace, fabric: Fabric, data: MNISTDataModule) -> M2N2:
+    """The M2N2 of these constants, on the device and in the precision."""
     seed_everything(constants.SEED, verbose=False)
-    settings = {f.name: experiment[f.name.upper()] for f in fields(M2N2) if f.name.upper() in experiment}
+    taken = inspect.signature(M2N2).parameters
+    settings = {name.lower(): value for name, value in vars(constants).items() if name.lower() in taken}
     if constants.START == "specialists":
         models = train_specialists(data, constants.HIDDEN_DIM, fabric)
         settings |= {"initial_models": models, "mutation_std": 0.0, "final_mutation_std": 0.0}
     model = MLP(constants.IMAGE_SIZE**2, constants.HIDDEN_DIM)
     dtype = torch.bfloat16 if constants.PRECISION == "bf16-true" else torch.float32
     tensors = data.train_images.to(dtype), data.train_labels, data.test_images.to(dtype), data.test_labels
-    m2n2 = M2N2(model, *(tensor.to(fabric.device) for tensor in tensors), **settings)
+    return M2N2(model, *(x.to(fabric.device) for x in tensors), schedule=constants.ITERATIONS, **settings)
+
+
+def open_logger(constants: argparse.Namespace) -> CSVLogger:
+    """The run's folder, with its constants in hparams.yaml; metrics.csv is written anew, also when it is resumed."""
+    warnings.filterwarnings("ignore", module="lightning_fabric|pytorch_lightning")  # no rows are lost
+    where = (constants.RESUME, "", "") if constants.RESUME else (constants.OUTPUT_DIR, "m2n2_mnist")
+    with explained(f"{Path(*where)} cannot be written", "Choose another OUTPUT_DIR."):
+        logger = CSVLogger(*where, flush_logs_every_n_steps=1)
+        logger.log_hyperparams(vars(constants))
+    return logger
+
+
+def announce(constants: argparse.Namespace, fabric: Fabric, data: MNISTDataModule, m2n2: M2N2) -> None:
+    place = f"{fabric.device}, {constants.PRECISION}, {fabric.world_size} process(es)"
+    images = f"{len(data.train_images):,} + {len(data.test_images):,} images from {constants.DATA_DIR}"
+    fabric.print(
+        f"M2N2 on {place}; MLP of {m2n2.archive.shape[1]:,} parameters; {images}; seed {constants.SEED}", flush=True
+    )
+    if m2n2.iteration >= constants.ITERATIONS:
+        fabric.print(f"Already finished, at iteration {m2n2.iteration:,} of {constants.ITERATIONS:,}.")
+
+
+def report(fabric: Fabric, data: MNISTDataModule, m2n2: M2N2, histories: list[list[dict]], folder: Path) -> float:
+    """The best model, the figure, and the run's last lines; the test accuracy of that model."""
+    best = m2n2.best_model()
+    atomic_save(partial(torch.save, best.state_dict()), folder / "best_model.pt")
+    plot_evolution(histories, m2n2.class_hits().cpu() / data.train_labels.bincount(), folder / "evolution.png")
+    fabric.print(
+        f"Test accuracy of the archive as an ensemble: {m2n2.test_accuracy(m2n2.archive):.2%}\nFiles: {folder}"
+    )
+    if m2n2.iteration < m2n2.schedule:
+        fabric.print(f"To go on: {command(fabric, f'--resume={folder}')}")
+        fabric.print(f"Evolution interrupted at iteration {m2n2.iteration}.")
+    else:
+        fabric.print("Evolution finished.")
+    with torch.no_grad():  # of the very file, in float32
+        accuracy = (best(data.test_images).argmax(dim=1) == data.test_labels).float().mean()
+    fabric.print(f"Final Test Accuracy of the best model: {accuracy:.2%}", flush=True)
+    return accuracy.item()
+
+
+def run(
+    constants: argparse.Namespace,
+    fabric: Fabric,
+    data: MNISTDataModule,
+    interruption: Interruption,
+    histories: list[list[dict]],
+    state: dict | None,
+) -> float:
+    """One run, from its folder to its last line: its test accuracy. Its history joins the others'."""
+    logger, m2n2 = open_logger(constants), build(constants, fabric, data)
     if state:
         m2n2.load_state_dict(state)
         for row in m2n2.history:
             logger.log_metrics(row, row["iteration"])
-    caught, first, started = [0], m2n2.iteration, time.perf_counter()
 
     def save_checkpoint() -> None:
-        save_whole(partial(torch.save, {"experiment": experiment, "m2n2": m2n2.state_dict()}), folder / "checkpoint.pt")
+        known = {"constants": vars(constants), "file": constants_of_the_file(), "checksum": data.checksum}
+        atomic_save(partial(torch.save, known | {"m2n2": m2n2.state_dict()}), Path(logger.log_dir, "checkpoint.pt"))
 
     def after_child(m2n2: M2N2) -> bool:
         if m2n2.history and m2n2.history[-1]["iteration"] == m2n2.iteration:
             logger.log_metrics(m2n2.history[-1], m2n2.iteration)
         if m2n2.iteration % constants.CHECKPOINT_EVERY == 0:
             save_checkpoint()
-        if fabric.world_size > 1:  # all stop at the same child
-            if m2n2.iteration % 50:
-                return False
-            caught.append(int(fabric.all_reduce(torch.tensor(caught[-1]), reduce_op="max")))
-        return caught[-1] > 0
-
-    def interrupt(number: int, frame: object) -> None:
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        together = fabric.world_size == 1 or m2n2.iteration % 50 == 0  # all processes stop at the same child
+        return together and interruption.agreed() > 0
 
     save_checkpoint()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
-    place = f"{fabric.device}, {constants.PRECISION}, {fabric.world_size} process(es)"
-    size = f"{len(get_params(model)):,} parameters; {len(data.train_images):,} + {len(data.test_images):,} images"
-    fabric.print(f"M2N2 on {place}; MLP of {size} from {constants.DATA_DIR}; seed {constants.SEED}", flush=True)
-    if first >= constants.ITERATIONS:
-        fabric.print(f"Already finished, at iteration {first:,} of {constants.ITERATIONS:,}.")
-    m2n2.evolve(max(0, constants.ITERATIONS - first), constants.TEST_EVERY, after_child)
+    announce(constants, fabric, data, m2n2)
+    first, started = m2n2.iteration, time.perf_counter()
+    if first < constants.ITERATIONS:
+        m2n2.evolve(constants.ITERATIONS - first, constants.TEST_EVERY, after_child)
     seconds, children = time.perf_counter() - started, m2n2.iteration - first
     save_checkpoint()
-
     histories.append(m2n2.history)
-    best, interrupted = m2n2.best_model(), m2n2.iteration < constants.ITERATIONS
-    save_whole(partial(torch.save, best.state_dict()), folder / "best_model.pt")
-    plot_evolution(histories, m2n2.train_hits().cpu() / data.train_labels.bincount(), folder / "evolution.png")
-    fabric.print(f"Test accuracy of the archive as an ensemble: {m2n2.test_accuracy(m2n2.archive):.2%}")
-    fabric.print(f"{children:,} children in {seconds:.1f} s, {children / seconds:.1f} a second\nFiles: {folder}")
-    if interrupted:
-        flags = f"--seed={constants.SEED}", "--runs=1", f"--resume={folder}"
-        fabric.print(f"To go on: {shlex.join(['python', *sys.argv, *flags])}")
-    fabric.print(f"Evolution interrupted at iteration {m2n2.iteration}." if interrupted else "Evolution finished.")
-    accuracy = m2n2.test_accuracy(get_params(best)[None])
-    fabric.print(f"Final Test Accuracy of the best model: {accuracy:.2%}", flush=True)
+    fabric.print(f"{children:,} children in {seconds:.1f} s, {children / seconds:.1f} a second")
+    return report(fabric, data, m2n2, histories, Path(logger.log_dir))
+
+
+def run_all(constants: argparse.Namespace, flags: dict[str, object]) -> int:
+    """All runs of the experiment; the number of the signal that interrupted it, or 0."""
+    checkpoint = resume(constants, flags) if constants.RESUME else {}
+    fabric = launch(constants)
+    data = load_data(constants, fabric)
+    if checkpoint and checkpoint["checksum"] != data.checksum:
+        raise UserError("The images in DATA_DIR are not those of the run to RESUME. Point it at them, or start afresh.")
+    interruption, histories, accuracies = Interruption(fabric), [], []
+    for seed in range(constants.SEED, constants.SEED + constants.RUNS):
+        this = argparse.Namespace(**vars(constants) | {"SEED": seed})
+        accuracies.append(run(this, fabric, data, interruption, histories, checkpoint.get("m2n2")))
+        if interruption.agreed():
+            break
+    left = constants.RUNS - len(histories)
+    if left:
+        others = command(fabric, *sys.argv[1:], f"--seed={seed + 1}", f"--runs={left}")
+        fabric.print(f"The other runs: {others}", file=sys.stderr)
+    elif constants.RUNS > 1:
+        std, mean = torch.std_mean(100 * torch.tensor(accuracies))
+        fabric.print(f"Mean Test Accuracy of {constants.RUNS} runs: {mean:.2f} ± {std:.2f}%")
     fabric.barrier()  # torchrun ends the others when the first leaves with an error code
-    return caught[-1] if interrupted else 0
+    return interruption.signal
 
 
 def main() -> None:
-    """All runs of the experiment; what only the user can mend ends in one message."""
+    """The experiment of the constants; what only the user can mend ends in one message."""
     try:
-        constants, histories = parse_constants(), []
-        fabric = launch(constants)
-        data = MNISTDataModule(constants.DATA_DIR, constants.IMAGE_SIZE)
-        with fabric.rank_zero_first(local=True):
-            data.prepare_data()
-        data.setup()
-        for seed in range(constants.SEED, constants.SEED + constants.RUNS):
-            constants.SEED = seed
-            if caught := run(constants, fabric, data, histories):
-                sys.exit(128 + caught)
-        if constants.RUNS > 1:
-            std, mean = torch.std_mean(torch.tensor([100 * history[-1]["test_acc"] for history in histories]))
-            fabric.print(f"Mean Test Accuracy of {constants.RUNS} runs: {mean:.2f} ± {std:.2f}%")
+        if caught := run_all(*parse_constants()):
+            sys.exit(128 + caught)
     except (UserError, OSError) as error:
         sys.exit(f"Error: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if "allocate" not in str(error):
+            raise
+        sys.exit(f"Error: {str(error).splitlines()[0]}\nLower HIDDEN_DIM, ARCHIVE_SIZE or IMAGE_SIZE.")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
