@@ -61,19 +61,21 @@ IMAGE_SIZE = 10  # pixels a side: 28 is MNIST as it is, less is an area average
 HIDDEN_DIM = 96  # hidden units of the MLP
 # M2N2
 START = "scratch"  # or "specialists" trained on digits 0-4 and 5-9, then merged without mutation
-ARCHIVE_SIZE = 10  # models in the archive, K; the paper's 20
+ARCHIVE_SIZE = 4  # models in the archive, K; the paper's 20
 SCORE = "probability"  # that of the true class, or the paper's 0/1: "correct"
 TEMPERATURE = 0.67  # of the softmax of the probability; higher is smoother
 ALPHA = 1.0  # competition: 1 shares each example among its models, 0 is a plain GA
 INIT_STD = 0.01  # standard deviation of the two random models at the start
-MUTATION_STD = 0.008  # σ, standard deviation of the mutation, at the start of a run
-FINAL_MUTATION_STD = 0.0007  # σ at its end; the paper's is constant
+MUTATION_STD = 0.005  # σ, standard deviation of the mutation, at the start of a run
+FINAL_MUTATION_STD = 0.001  # σ at its end; the paper's is constant
 USE_CROSSOVER = True  # False: a child is a mutated copy of its first parent
 USE_SPLIT_POINT = True  # False: one SLERP over the whole vector
 USE_ATTRACTION = True  # False: both parents are drawn by fitness
+USE_MIRRORING = True  # a child that loses is tried again with the opposite mutation; not in the paper
 # Hardware
 ACCELERATOR = "auto"  # where to compute; auto: on CUDA if there is one
 PRECISION = "auto"  # of the evaluation; auto: bf16 if in hardware
+EVAL_BATCH_SIZE = 0  # images evaluated at a time; 0: 10,000 on a CPU, for its caches, all on a GPU
 
 # --- What is accepted, said once for the classes below, the constants, the flags and --help ---
 CONSTANTS = {  # type, then its range or its choices
@@ -98,8 +100,10 @@ CONSTANTS = {  # type, then its range or its choices
     "use_crossover": (bool,),
     "use_split_point": (bool,),
     "use_attraction": (bool,),
+    "use_mirroring": (bool,),
     "accelerator": (str, "auto", "cpu", "cuda"),
     "precision": (str, "auto", "bf16-true", "32-true"),
+    "eval_batch_size": (int, 0, math.inf),
 }
 ACCEPTED = CONSTANTS | {  # arguments alone
     "input_dim": (int, 1, 10**7),
@@ -167,7 +171,8 @@ def set_params(model: nn.Module, params: Tensor) -> None:
 def slerp(t: float | Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Spherical interpolation sin((1 - t) Ω) / sin Ω · a + sin(t Ω) / sin Ω · b, `(params,)`; Ω is their angle.
 
-    `t` is a number or one for each parameter. Parallel, opposite and zero vectors are interpolated linearly.
+    `t` is a number or a tensor that is broadcast: `(n, 1)` gives n vectors, `(params,)` has one for each parameter.
+    Parallel, opposite and zero vectors are interpolated linearly.
     """
     omega = torch.acos(torch.dot(a, b) / (a.norm() * b.norm()))  # NaN for zeros, or a cosine rounded to beyond 1
     omega = torch.where(omega.sin() > 1e-3, omega, 1e-4)  # float32 resolves no smaller angle; 1e-4 is linear
@@ -189,12 +194,10 @@ class MLP(LightningModule):
         self.output = nn.Linear(hidden_dim, checked("output_dim", output_dim))
 
     def forward(self, images: Tensor) -> Tensor:
-        # What it computes is self.output(self.hidden(images.flatten(1)).relu()), with memory passed over less often:
-        # relu(x + b) = max(x, -b) + b, and that + b moves on into the output's bias.
-        hidden = (images.flatten(1) @ self.hidden.weight.T).clamp_(min=-self.hidden.bias)
-        bias = torch.addmv(self.output.bias, self.output.weight, self.hidden.bias)
-        # (classes, examples) in memory: a softmax over the classes is then 20 times faster.
-        return torch.addmm(bias[:, None], self.output.weight, hidden.T).T
+        # self.output(self.hidden(images.flatten(1)).relu()), with the logits of a class side by side in memory: what is
+        # then done to them, class by class, is twice as fast.
+        hidden = self.hidden(images.flatten(1)).relu_()
+        return torch.addmm(self.output.bias[:, None], self.output.weight, hidden.T).T
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
@@ -281,13 +284,22 @@ def check_examples(split: str, images: Tensor, labels: Tensor, like: Tensor) -> 
     if not images.is_floating_point() or len(images) == 0 or images.shape[1:] != like.shape[1:]:
         shape = ("examples", *like.shape[1:])
         raise ValueError(f"{split}_images is {images.dtype} {tuple(images.shape)}, accepted is floating-point {shape}")
-    if labels.dtype != torch.long or labels.shape != images.shape[:1]:
-        raise ValueError(f"{split}_labels is {labels.dtype} {tuple(labels.shape)}, accepted is int64 ({len(images)},)")
+    if labels.dtype != torch.long or labels.shape != images.shape[:1] or labels.min() < 0:
+        accepts = f"int64 ({len(images)},) from 0 up"
+        raise ValueError(f"{split}_labels is {labels.dtype} {tuple(labels.shape)}, accepted is {accepts}")
     if not images.device == labels.device == like.device or images.dtype != like.dtype:
         raise ValueError(
             f"{split}_images is {images.dtype} on {images.device}, {split}_labels on {labels.device}, "
             f"accepted is {like.dtype} on {like.device}, where train_images is"
         )
+
+
+def margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """The true class's logit less the highest other, `(examples,)`, for logits `(classes, examples)`.
+
+    An example counts as classified correctly, in scores as in accuracies, where this is above 0: a tie is an error.
+    """
+    return logits.gather(0, labels[None])[0] - logits.scatter(0, labels[None], -torch.inf).amax(dim=0)
 
 
 class M2N2:
@@ -324,6 +336,8 @@ class M2N2:
         use_crossover: bool = USE_CROSSOVER,
         use_split_point: bool = USE_SPLIT_POINT,
         use_attraction: bool = USE_ATTRACTION,
+        use_mirroring: bool = USE_MIRRORING,
+        eval_batch_size: int = EVAL_BATCH_SIZE,
         initial_models: Sequence[nn.Module] = (),
         seed: int = SEED,
     ) -> None:
@@ -338,53 +352,66 @@ class M2N2:
         self.use_crossover = checked("use_crossover", use_crossover)
         self.use_split_point = checked("use_split_point", use_split_point)
         self.use_attraction = checked("use_attraction", use_attraction)
-        check_examples("train", train_images, train_labels, train_images)
-        check_examples("test", test_images, test_labels, train_images)
+        self.use_mirroring = checked("use_mirroring", use_mirroring)
+        self.eval_batch_size = checked("eval_batch_size", eval_batch_size)
         self._generator = torch.Generator(train_images.device).manual_seed(checked("seed", seed))
-        self._random = {"device": train_images.device, "generator": self._generator}
+        self._take_examples(train_images, train_labels, test_images, test_labels)
+        self._take_model(model)
+        self._make_archive(map(get_params, initial_models))
 
-        self.model = model
-        self._evaluated = deepcopy(model).to(train_images.device, train_images.dtype).eval().requires_grad_(False)
-        self._weights = get_params(self._evaluated)  # (params,), of which its parameters are views: loading is one copy
-        nn.utils.vector_to_parameters(self._weights, self._evaluated.parameters())
-        self._class_sizes = train_labels.bincount(minlength=self._classes(train_images, train_labels, test_labels))
+    def _take_examples(self, train_images: Tensor, train_labels: Tensor, *test: Tensor) -> None:
+        """All test examples, and of the training examples this process's part."""
+        check_examples("train", train_images, train_labels, train_images)
+        check_examples("test", *test, train_images)
         rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if len(train_images) < processes:
+            raise ValueError(f"train_images has {len(train_images)} examples, accepted is one a process, {processes}")
         self.train_images = train_images.tensor_split(processes)[rank].contiguous()
         self.train_labels = train_labels.tensor_split(processes)[rank].contiguous()
-        self.test_images, self.test_labels = test_images, test_labels
+        self.test_images, self.test_labels = test
+        self._class_sizes = train_labels.bincount()  # (classes,), of all processes
+        self.eval_batch_size = self.eval_batch_size or (len(train_images) if train_images.is_cuda else 10_000)
+        self._random = {"device": train_images.device, "generator": self._generator}
 
-        # Row K is the child's place. It is then copied onto the row that goes, itself if the child loses: no branch.
-        rows, params, examples = self.archive_size + 1, len(self._weights), len(self.train_labels)
-        self._models = torch.zeros(rows, params, device=train_images.device)
-        self._scores = torch.zeros(rows, examples, device=train_images.device)
+    def _take_model(self, model: nn.Module) -> None:
+        """A copy to evaluate, on the images' device, in their precision; ValueError if it does not fit the labels."""
+        self.model = model
+        self._evaluated = (
+            deepcopy(model).to(self.test_images.device, self.test_images.dtype).eval().requires_grad_(False)
+        )
+        self._weights = get_params(self._evaluated)  # (params,), of which its parameters are views: loading is one copy
+        nn.utils.vector_to_parameters(self._weights, self._evaluated.parameters())
+        with torch.no_grad():
+            shape = tuple(self._evaluated(self.test_images[:2]).shape)
+        if len(shape) != 2 or shape[0] != len(self.test_images[:2]):
+            raise ValueError(
+                f"model answers {shape} to {len(self.test_images[:2])} images, accepted is (images, classes)"
+            )
+        if (last := max(len(self._class_sizes) - 1, self.test_labels.max().item())) >= shape[1]:
+            raise ValueError(f"labels go up to {last}, accepted is 0 to {shape[1] - 1}, as the model answers")
+
+    def _make_archive(self, initial: Iterator[Tensor]) -> None:
+        """Empty slots, into which the `initial` parameters, or two random models, are put like children."""
+        # A row holds a model and its scores, the last one the child's. That is copied onto the row that goes, itself if
+        # the child loses: no branch, and no interrupt can leave a model with another's scores.
+        params, examples, device = len(self._weights), len(self.train_labels), self._weights.device
+        self._rows = torch.zeros(self.archive_size + 1, params + examples, device=device)
+        self._models, self._scores = self._rows.split([params, examples], dim=1)
         self.archive, self._child = self._models[:-1], self._models[-1]
         self.scores, self._child_scores = self._scores[:-1], self._scores[-1]
-        # Fresh memory costs more than arithmetic, and the allocator keeps what a layer frees only below 32 MiB.
-        widest = max(parameter.shape[:1].numel() for parameter in self._evaluated.parameters())
-        size = 24 * 2**20 // (widest * self._weights.element_size())  # examples evaluated at a time
-        parts = (x.split(size) for x in (self.train_images, self.train_labels, self._scores[-1]))
-        self._parts = list(zip(*parts, strict=True))
-        self._positions = torch.arange(params, device=train_images.device)
+        self._positions = torch.arange(params, device=device)
+        self._sigma = torch.full((1,), self.mutation_std, device=device)
+        self._base, self._noise = torch.zeros(2, params, device=device)  # of the last mutation
+        self._lost = torch.zeros(1, dtype=torch.bool, device=device)  # whether it is to be mirrored
+        self._accepted = torch.zeros(1, device=device)  # children since the last row of history
         self._launch, self._warm_ups = self._step, 3 if self._weights.is_cuda else 0
-        self._sigma, self._accepted = torch.tensor([[self.mutation_std], [0.0]], device=train_images.device)
         self.iteration, self.history = 0, []
-        randoms = (self.init_std * torch.randn(params, **self._random) for _ in range(2))
-        for first in map(get_params, initial_models) if initial_models else randoms:
-            self._evaluate(first.to(train_images.device))
+        random = (self.init_std * torch.randn(params, **self._random) for _ in range(2))
+        for model in list(initial) or random:
+            self._evaluate(model.to(device))
             self._update_archive()
         self._accepted.zero_()
-
-    def _classes(self, images: Tensor, *labels: Tensor) -> int:
-        """How many classes the model knows; ValueError for another kind of answer, or for labels beyond them."""
-        with torch.no_grad():
-            logits = self._evaluated(images[:2])
-        if logits.ndim != 2 or len(logits) != len(images[:2]):
-            raise ValueError(f"model answers {tuple(logits.shape)} to 2 images, accepted is (examples, classes)")
-        for name, values in zip(("train_labels", "test_labels"), labels, strict=True):
-            if values.min() < 0 or values.max() >= logits.shape[1]:
-                last = logits.shape[1] - 1
-                raise ValueError(f"{name} holds {values.min()} to {values.max()}, accepted is 0 to {last} by the model")
-        return logits.shape[1]
+        self._lost.zero_()
 
     def evolve(self, iterations: int, test_every: int = TEST_EVERY, after_child: Callable = lambda m2n2: False) -> None:
         """Make `iterations` more children, or until `after_child(self)` is true; every `test_every`, extend `history`.
@@ -397,12 +424,10 @@ class M2N2:
         terminal = sys.stderr.isatty()  # elsewhere, in a cluster's log say, a line every 10 seconds
         # A narrow terminal cuts the end off, so the figures come before the times.
         layout = "{desc}: {percentage:3.0f}%{postfix} |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
-        options = {
-            "initial": self.iteration,
-            "disable": rank_zero_only.rank > 0,
-            "mininterval": 0.1 if terminal else 10,
-        }
-        with tqdm(None, "Evolving Models", end, bar_format=layout + "\n" * (not terminal), **options) as bar:
+        options = {"bar_format": layout + "\n" * (not terminal), "mininterval": 0.1 if terminal else 10}
+        with tqdm(
+            None, "Evolving Models", end, initial=self.iteration, disable=rank_zero_only.rank > 0, **options
+        ) as bar:
             while self.iteration < end:
                 self._sigma.fill_(self._sigma_now())
                 self._next_child()
@@ -456,7 +481,7 @@ class M2N2:
 
     def _select_parents(self) -> tuple[Tensor, Tensor]:
         """Indices `(1,)`: P(A) = f_A / Σ f; P(B) = g_B / Σ g, the attraction g_B = Σ_j max(s_Bj - s_Aj, 0) / z_j^α."""
-        fitness, example_weights = self._update_fitness()
+        fitness, example_weights = self._update_fitness(self.scores)
         parent_a = self._draw(fitness)
         if not self.use_attraction:
             return parent_a, self._draw(fitness)
@@ -475,52 +500,65 @@ class M2N2:
         if not self.use_crossover:
             return a
         w = torch.rand(1, **self._random)
-        if self.use_split_point:
-            split_point = torch.randint(len(a), (1,), **self._random)
-            w = torch.where(self._positions < split_point, w, 1 - w)  # (params,)
-        return slerp(w, a, b)
+        if not self.use_split_point:
+            return slerp(w, a, b)
+        split_point = torch.randint(len(a), (1,), **self._random)
+        before, after = slerp(torch.stack([w, 1 - w]), a, b)
+        return torch.where(self._positions < split_point, before, after)
 
     def _mutate(self, child: Tensor) -> Tensor:
-        """child + σ N(0, 1); `evolve` sets σ."""
-        return child + self._sigma * torch.randn(len(child), **self._random)
+        """child + σ N(0, 1), with σ set by `evolve`.
 
-    def _logits(self, params: Tensor, images: Tensor) -> Tensor:
-        """Logits `(classes, examples)` of the model with these parameters; they may be the model's own memory."""
-        self._weights.copy_(params)
-        return self._evaluated(images).T.float()
+        Mirrored mutation (Brockhoff et al. 2010, sequential): if the child before lost its place at once, it is tried
+        again instead, with the same crossover and the opposite noise; not a third time.
+        """
+        noise = self._sigma * torch.randn(len(child), **self._random)
+        if self.use_mirroring:
+            child = self._base.copy_(torch.where(self._lost, self._base, child))
+            noise = self._noise.copy_(torch.where(self._lost, -self._noise, noise))
+        return child + noise
 
     def _evaluate(self, child: Tensor) -> None:
-        """Fill row K: s_j is softmax(logits / temperature) of the true class, or 1 if its logit is the only highest."""
-        for images, labels, row in self._parts:
-            logits, labels, row = self._logits(child, images), labels[None], row[None]
-            if self.score == "probability":
-                torch.gather((logits * (1 / self.temperature)).softmax(dim=0), 0, labels, out=row)
-            else:
-                margin = logits.gather(0, labels) - logits.scatter(0, labels, -torch.inf).amax(dim=0)
-                row.copy_(torch.where(margin.isnan(), margin, margin > 0))  # NaN where the model overflows, as softmax
+        """Fill the child's row: s_j is softmax(logits / temperature) of the true class, or 1 if correct, else 0.
+
+        NaN where the model overflows.
+        """
+        logits = self.logits(child, self.train_images)
+        if self.score == "probability":
+            probabilities = (logits / self.temperature).softmax(dim=0)
+            self._child_scores.copy_(probabilities.gather(0, self.train_labels[None])[0])
+        else:
+            margin = margins(logits, self.train_labels)
+            self._child_scores.copy_((margin > 0) + 0 * margin)  # 0 · inf is NaN, as a softmax is
         self._child.copy_(child)
 
-    def _update_fitness(self, with_child: bool = False) -> tuple[Tensor, Tensor]:
-        """f_i = Σ_j s_ij / z_j^α, 0 where z_j = 0, and the examples' weights 1 / z_j^α.
+    @torch.no_grad()
+    def logits(self, params: Tensor, images: Tensor) -> Tensor:
+        """Logits `(classes, examples)` of the model with the parameters `(params,)`, evaluated a batch at a time.
 
-        `(archive,)`, or with the child `(archive + 1,)`, NaN for one that overflows; and `(examples,)`.
+        Fresh memory costs more than arithmetic, and what a layer of a batch used serves the next one.
         """
-        z = self.scores.sum(dim=0)  # (examples,)
-        if with_child:
-            z += self._child_scores.nan_to_num()  # nobody competes with a child that overflowed
-        example_weights = z.clamp_(min=1e-12).pow_(-self.alpha)
-        if not with_child:
-            return self._sum(self.scores @ example_weights), example_weights
-        # Slower, but a product of matrices may sum equal rows to different bits, and here ties must be ties.
-        return self._sum(torch.linalg.vecdot(self._scores, example_weights)), example_weights
+        self._weights.copy_(params)
+        batches = [self._evaluated(batch).T.float() for batch in images.split(self.eval_batch_size)]
+        return torch.cat(batches, dim=1)  # and so no memory that the model owns
+
+    def _update_fitness(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """f_i = Σ_j s_ij / z_j^α, 0 where z_j = 0, `(models,)`, and the examples' weights 1 / z_j^α, `(examples,)`.
+
+        A child that overflows gets NaN, and takes no part in z.
+        """
+        example_weights = scores.nansum(dim=0).clamp_(min=1e-12).pow_(-self.alpha)
+        # A matrix product may sum equal rows to different bits; here ties must be ties.
+        return self._sum(torch.linalg.vecdot(scores, example_weights)), example_weights
 
     def _update_archive(self) -> None:
         """The worst of the K + 1 goes: the first of equals, and NaN before any number."""
-        fitness, _ = self._update_fitness(with_child=True)
+        fitness, _ = self._update_fitness(self._scores)
         worst = torch.argmin(fitness, dim=0, keepdim=True)
-        for rows in (self._models, self._scores):
-            rows.index_copy_(0, worst, rows[-1:].clone())
-        self._accepted += worst < self.archive_size
+        self._rows.index_copy_(0, worst, self._rows[-1:].clone())
+        lost = worst == self.archive_size
+        self._accepted += ~lost
+        self._lost.copy_(lost & ~self._lost)
 
     def _sum(self, values: Tensor) -> Tensor:
         """Sum over the processes, each with its part of the examples."""
@@ -531,44 +569,42 @@ class M2N2:
     def _measure(self) -> dict[str, float]:
         """A row of `history`.
 
-        `coverage` is the share of training examples that at least one member classifies correctly, `diversity` the
-        share on which two members disagree, mean over all pairs (the disagreement measure, Skalak 1996), `acceptance`
-        the share of children since the row before that entered the archive.
+        `coverage` is the share of training examples that at least one member classifies correctly. `diversity` is the
+        share that one of two members does and the other does not, mean over all pairs: the disagreement measure
+        (Skalak 1996; Kuncheva & Whitaker 2003), Σ_j n_j (K - n_j) / (N K (K - 1) / 2) with n_j members right on j.
+        `acceptance` is the share of the children since the row before that entered the archive.
         """
-        predictions, filled = self.predict(self.archive, self.train_images), self.archive.any(dim=1)
-        right = (predictions == self.train_labels) & filled[:, None]  # (archive, examples)
-        hits, examples, members = self._sum(right.sum(dim=1)), self._class_sizes.sum().item(), predictions[filled]
-        pairs = max(1, len(members) * (len(members) - 1))
-        disagreements = self._sum(sum(((members != row).sum() for row in members), torch.zeros_like(hits[0])))
+        right, examples = self._right(), self._class_sizes.sum().item()
+        hits, members = self._sum(right.sum(dim=1)), self.archive.any(dim=1).sum().item()
+        known_by = right.sum(dim=0)  # (examples,)
+        disagreements = self._sum((known_by * (members - known_by)).sum()).item()
         row = {
             "iteration": self.iteration,
-            "best_fitness": self._update_fitness()[0].max().item(),
+            "best_fitness": self._update_fitness(self.scores)[0].max().item(),
             "train_acc": hits.max().item() / examples,
             "test_acc": self.test_accuracy(self.archive[hits.argmax()][None]),
-            "coverage": self._sum(right.any(dim=0).sum()).item() / examples,
-            "diversity": disagreements.item() / examples / pairs,
+            "coverage": self._sum((known_by > 0).sum()).item() / examples,
+            "diversity": disagreements / examples / max(1, members * (members - 1) / 2),
             "acceptance": self._accepted.item() / (self.iteration - sum(r["iteration"] for r in self.history[-1:])),
         }
         self._accepted.zero_()
         return row
 
-    @torch.no_grad()
-    def predict(self, models: Tensor, images: Tensor) -> Tensor:
-        """The class that each of some models `(models, params)` gives each image, `(models, examples)`."""
-        return torch.stack([self._logits(params, images).max(dim=0).indices for params in models])
+    def _right(self) -> Tensor:
+        """Which training examples each member classifies correctly, bool `(archive, examples)`; an empty slot none."""
+        right = [margins(self.logits(params, self.train_images), self.train_labels) > 0 for params in self.archive]
+        return torch.stack(right) & self.archive.any(dim=1, keepdim=True)
 
     def class_hits(self) -> Tensor:
-        """How many training examples of each class each member gets right, `(archive, classes)`; an empty slot none."""
-        right = self.predict(self.archive, self.train_images) == self.train_labels
-        right &= self.archive.any(dim=1, keepdim=True)
-        return self._sum(right.float() @ nn.functional.one_hot(self.train_labels, len(self._class_sizes)).float())
+        """How many training examples of each class each member classifies correctly, `(archive, classes)`."""
+        classes = nn.functional.one_hot(self.train_labels, len(self._class_sizes))
+        return self._sum(self._right().float() @ classes.float())
 
-    @torch.no_grad()
     def test_accuracy(self, models: Tensor) -> float:
         """Test accuracy of the mean of the probabilities of some models `(models, params)`."""
-        logits = (self._logits(params, self.test_images) for params in models)
+        logits = (self.logits(params, self.test_images) for params in models)
         probabilities = sum((x / self.temperature).softmax(dim=0) for x in logits)
-        return (probabilities.argmax(dim=0) == self.test_labels).float().mean().item()
+        return (margins(probabilities, self.test_labels) > 0).float().mean().item()
 
     def best_model(self) -> nn.Module:
         """The archive member with the highest training accuracy, as a model of its own, in evaluation mode."""
@@ -584,6 +620,7 @@ class M2N2:
             "history": list(self.history),
             "accepted": self._accepted.clone(),
             "archive": self.archive.clone(),
+            "mirror": (self._base.clone(), self._noise.clone(), self._lost.clone()),
             "generator": self._generator.get_state(),
         }
 
@@ -595,6 +632,8 @@ class M2N2:
             self.archive[row] = params
             self.scores[row] = torch.where(params.any(), self._child_scores, 0)  # zeros: an empty slot
         self._generator.set_state(state["generator"])
+        for own, saved in zip((self._base, self._noise, self._lost), state["mirror"], strict=True):
+            own.copy_(saved)
         self._accepted.copy_(state["accepted"])
         self.schedule = self.schedule or state["schedule"]
         self.iteration, self.history = state["iteration"], list(state["history"])
@@ -780,7 +819,7 @@ def build(constants: argparse.Namespace, fabric: Fabric, data: MNISTDataModule) 
     settings = {name.lower(): value for name, value in vars(constants).items() if name.lower() in taken}
     if constants.START == "specialists":
         models = train_specialists(data, constants.HIDDEN_DIM, fabric)
-        settings |= {"initial_models": models, "mutation_std": 0.0, "final_mutation_std": 0.0}
+        settings |= {"initial_models": models, "mutation_std": 0.0, "final_mutation_std": 0.0, "use_mirroring": False}
     model = MLP(constants.IMAGE_SIZE**2, constants.HIDDEN_DIM)
     dtype = torch.bfloat16 if constants.PRECISION == "bf16-true" else torch.float32
     tensors = data.train_images.to(dtype), data.train_labels, data.test_images.to(dtype), data.test_labels

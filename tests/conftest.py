@@ -96,10 +96,18 @@ def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     return call
 
 
-def make_m2n2(examples: int = 40, inputs: int = 6, hidden: int = 5, classes: int = 10, **settings: object) -> M2N2:
+def make_m2n2(
+    examples: int = 40,
+    inputs: int = 6,
+    hidden: int = 5,
+    classes: int = 10,
+    dtype: torch.dtype = torch.float32,
+    **settings: object,
+) -> M2N2:
     """An M2N2 on small random data that is learnable."""
     random = torch.Generator().manual_seed(0)
     images = torch.randn(examples, inputs, generator=random)
     labels = (images @ torch.randn(inputs, classes, generator=random)).argmax(dim=1)
     settings = {"archive_size": 4, "init_std": 0.5, "mutation_std": 0.1, "seed": 1} | settings
+    images = images.to(dtype)
     return M2N2(MLP(inputs, hidden, classes), images, labels, images, labels, **settings)
