@@ -604,7 +604,7 @@ class M2N2:
         """Test accuracy of the mean of the probabilities of some models `(models, params)`."""
         logits = (self.logits(params, self.test_images) for params in models)
         probabilities = sum((x / self.temperature).softmax(dim=0) for x in logits)
-        return (margins(probabilities, self.test_labels) > 0).float().mean().item()
+        return (margins(probabilities, self.test_labels) > 0).sum().item() / len(self.test_labels)
 
     def best_model(self) -> nn.Module:
         """The archive member with the highest training accuracy, as a model of its own, in evaluation mode."""
@@ -666,7 +666,7 @@ def plot_evolution(histories: Sequence[list[dict]], niches: Tensor, path: Path) 
     figure, rows = Figure(figsize=(7.2, 2.9), layout="constrained"), list(zip(*histories, strict=False))
     left, right = figure.subplots(1, 2)
     children = [runs[0]["iteration"] / 1_000 for runs in rows]
-    labels = {"coverage": "coverage", "test_acc": "best model, test accuracy", "diversity": "diversity"}
+    labels = {"coverage": "training coverage", "test_acc": "test accuracy", "diversity": "training diversity"}
     for key, label in labels.items():
         values = np.reshape([[100 * run[key] for run in runs] for runs in rows], (-1, len(histories)))
         mean, std = values.mean(axis=1), values.std(axis=1, ddof=min(1, len(histories) - 1))
@@ -674,12 +674,12 @@ def plot_evolution(histories: Sequence[list[dict]], niches: Tensor, path: Path) 
         left.fill_between(children, mean - std, mean + std, alpha=0.3)
     left.legend(loc="center right")
     title = f"Evolution, mean ± SD of {len(histories)} runs" if len(histories) > 1 else "Evolution"
-    left.set(xlabel="children evaluated (thousands)", ylabel="training examples (%)", title=title)
-    right.set(xlabel="digit", ylabel="archive member", title="Niches", xticks=range(10))
+    left.set(xlabel="children evaluated (thousands)", ylabel="examples (%)", title=title)
+    right.set(xlabel="digit", ylabel="archive member", title="Niches: training accuracy", xticks=range(10))
     difference = 100 * (niches - niches.mean(dim=0)).numpy()
     limit = max(0.1, np.abs(difference).max())
     image = right.imshow(difference, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit)
-    figure.colorbar(image, label="accuracy less the archive's mean (points)")
+    figure.colorbar(image, label="points above the mean")
     atomic_save(partial(figure.savefig, dpi=200), path)
 
 
@@ -860,9 +860,10 @@ def report(fabric: Fabric, data: MNISTDataModule, m2n2: M2N2, histories: list[li
     else:
         fabric.print("Evolution finished.")
     with torch.no_grad():  # of the very file, in float32
-        accuracy = (best(data.test_images).argmax(dim=1) == data.test_labels).float().mean()
+        right = best(data.test_images).argmax(dim=1) == data.test_labels
+    accuracy = right.sum().item() / len(right)
     fabric.print(f"Final Test Accuracy of the best model: {accuracy:.2%}", flush=True)
-    return accuracy.item()
+    return accuracy
 
 
 def run(

@@ -1,113 +1,252 @@
-"""Milliseconds of one iteration of M2N2 against the bare forward pass, on random data.
+"""What a child of M2N2 costs: against the bare forward pass, and against the authors' published loop.
 
-    python tests/benchmark.py
+    python tests/benchmark.py [--all]
+    python tests/benchmark.py --authors ../natural_niches --authors-python python-with-jax
 
-Every ratio is taken in one go: the two are timed in turn, and the fastest of many rounds counts,
-which on a noisy machine is the steadiest figure.
+Whatever is compared is timed in turn, on the same data. The table's data is random, and it has two views. Fastest:
+single steps and passes, on a noisy machine the steadiest figure. Sustained: what a run gets, pieces of one `evolve`.
 """
 
 import argparse
+import contextlib
+import io
+import os
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import m2n2_mnist as script
 from m2n2_mnist import M2N2, MLP
 
+PAPER = {
+    "archive_size": 20,
+    "score": "correct",
+    "mutation_std": 0.01,
+    "final_mutation_std": 0.01,
+    "use_mirroring": False,
+}
+DIGITS = {"examples": 1_437, "image_size": 8, "hidden_dim": 256}  # the paper's data and model
+# The authors' functions as they are; only the data and the sizes, which they take from their modules, are put in. The
+# data is on JAX's device: as the NumPy arrays of theirs it would be converted anew for each child.
+PUBLISHED_LOOP = """
+import contextlib, io, sys, time
+folder, arrays, hidden_dim, num_params, pop_size = sys.argv[1:]
+sys.path.insert(0, folder)
+import jax, numpy
+import data, model
+x_train, y_train, x_test, y_test = map(jax.numpy.asarray, numpy.load(arrays).values())
+data.load_data = lambda: ((x_train, y_train), (x_test, y_test))
+model.input_dim, model.hidden_dim, model.num_params = x_train.shape[1], int(hidden_dim), int(num_params)
+from natural_niches_fn import run_natural_niches
+features = dict.fromkeys(["no_matchmaker", "no_crossover", "no_splitpoint", "use_pre_trained"], False)
+for children in sys.stdin:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        start = time.perf_counter()
+        jax.block_until_ready(run_natural_niches(1, int(pop_size), int(children), False, **features))
+        seconds = time.perf_counter() - start
+    print(seconds, flush=True)
+"""
 
-def alternate(functions: list[Callable[[], object]], cuda: bool, rounds: int) -> list[float]:
-    """The fastest time of each function in milliseconds, called in turn."""
-    best = [float("inf")] * len(functions)
-    for _ in range(rounds):
-        for i, function in enumerate(functions):
-            torch.cuda.synchronize() if cuda else None
-            start = time.perf_counter()
-            function()
-            torch.cuda.synchronize() if cuda else None
-            best[i] = min(best[i], 1e3 * (time.perf_counter() - start))
-    return best
+
+# --- Against the bare forward pass ---
+def milliseconds(function: Callable[[], object], calls: int = 1) -> float:
+    """Of one call, the mean of several without a pause."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    synchronize()
+    return 1e3 * (time.perf_counter() - start) / calls
+
+
+def evolve(m2n2: M2N2, children: int) -> None:
+    """So many children by `evolve`, its bar out of sight, stopped before the end, at which it would test K models."""
+    end = m2n2.iteration + children
+    with contextlib.redirect_stderr(io.StringIO()):
+        m2n2.evolve(10**9, 10**9, lambda m2n2: m2n2.iteration == end)
 
 
 def measure(
     device: torch.device,
     dtype: torch.dtype,
+    rounds: int,
     examples: int = 60_000,
     image_size: int = script.IMAGE_SIZE,
     hidden_dim: int = script.HIDDEN_DIM,
-    archive_size: int = script.ARCHIVE_SIZE,
-    score: str = script.SCORE,
-) -> tuple[float, float]:
-    """Milliseconds of an iteration and of the bare forward pass, whole or in parts, whichever is faster."""
+    **settings: object,
+) -> list[float]:
+    """Milliseconds: fastest step, fastest forward pass, median child of a piece of `evolve`, median forward pass.
+
+    A forward pass is the model's alone, whole or in M2N2's batches, whichever is faster.
+    """
     torch.manual_seed(0)
     images = torch.randn(examples, 1, image_size, image_size).to(device, dtype)
     labels = torch.randint(10, (examples,), device=device)
     model = MLP(image_size**2, hidden_dim)
-    m2n2 = M2N2(model, images, labels, images[:100], labels[:100], archive_size=archive_size, score=score)
-    cuda, step, repeats = device.type == "cuda", m2n2._step, 1
-    for _ in range(5 * archive_size):  # no empty slots
-        step()
-    if cuda:
-        step, repeats = m2n2._captured_step(), 100
-    bare = model.to(device, dtype)
+    m2n2 = M2N2(model, images, labels, images[:100], labels[:100], **settings)
+    model.to(device, dtype)
 
-    def forward(part: int) -> None:
-        with torch.inference_mode():
-            for _ in range(repeats):
-                for piece in images.split(part):
-                    bare(piece)
+    @torch.inference_mode()
+    def forward(batch_size: int) -> None:
+        for batch in images.split(batch_size):
+            model(batch)
 
-    def iterations() -> None:
-        for _ in range(repeats):
-            step()
+    evolve(m2n2, 5 * m2n2.archive_size)  # no empty slots; on CUDA a graph from here on
+    calls = 100 if device.type == "cuda" else 1  # a launch alone is too short to be timed
+    children = max(10, round(250 / milliseconds(m2n2._next_child, calls)))  # a piece of a quarter of a second
+    piece = partial(evolve, m2n2, children)
+    passes = [partial(forward, size) for size in {examples, min(examples, m2n2.eval_batch_size)}]
+    singles = [m2n2._next_child, *passes]
+    times = [[milliseconds(piece) / children, *(milliseconds(f, calls) for f in singles)] for _ in range(rounds)]
+    (_, step, *fastest), (child, _, *medians) = np.min(times, axis=0), np.median(times, axis=0)
+    return [step, min(fastest), child, min(medians)]
 
-    layouts = [partial(forward, part) for part in (len(m2n2._parts[0][0]), examples)]
-    iteration, *passes = alternate([iterations, *layouts], cuda, rounds=10 if cuda else 40)
-    return iteration / repeats, min(passes) / repeats
+
+def table(precision: str, rounds: int | None, everything: bool) -> None:
+    """A row for each setting of interest; `everything` adds how the time scales."""
+    constants, _ = script.parse_constants([f"--precision={precision}"])
+    device = script.launch(constants).device
+    dtype = torch.bfloat16 if constants.PRECISION == "bf16-true" else torch.float32
+    rounds = rounds or (10 if device.type == "cuda" else 40)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{device.type} ({name}), {constants.PRECISION}, torch {torch.__version__}; ms, {rounds} rounds")
+    print(f"{'':38}{'fastest':>16}{'':10}{'sustained (medians)':>24}")
+    print(f"{'':38}    step  forward  ratio     child  forward  ratio  children/s")
+
+    def row(title: str, **shape: object) -> None:
+        step, fastest, child, median = measure(device, dtype, rounds, **shape)
+        single = f"{step:8.3f}{fastest:9.3f}{step / fastest:7.2f}"
+        print(f"{title:38}{single}{child:10.3f}{median:9.3f}{child / median:7.2f}{1e3 / child:12.0f}", flush=True)
+
+    side, hidden, size = script.IMAGE_SIZE, script.HIDDEN_DIM, script.ARCHIVE_SIZE
+    row(f"defaults: {side}x{side}, {hidden} hidden, K = {size}")
+    row("the same, 0/1 scores", score="correct")
+    row("28x28, 128 hidden", image_size=28, hidden_dim=128)
+    row("14x14, 32 hidden, K = 20, 0/1", image_size=14, hidden_dim=32, **PAPER)
+    row("1,437 of 8x8, 256 hidden, K = 20, 0/1", **DIGITS, **PAPER)
+    if everything:
+        for examples in (6_000, 15_000, 30_000, 60_000):
+            row(f"{examples:,} examples", examples=examples)
+        for size in (10, 20, 40, 80):
+            row(f"K = {size}", archive_size=size)
+        for hidden in (32, 64, 128, 256, 512):
+            row(f"{hidden} hidden", hidden_dim=hidden)
+
+
+# --- Against the authors' published loop ---
+def jax_version(folder: Path, python: str) -> str:
+    """That of `python`, if it can run the authors' code; else one line and the end."""
+    if not (folder / "natural_niches_fn.py").is_file():
+        sys.exit(f"Error: {folder} holds no natural_niches_fn.py. Clone github.com/SakanaAI/natural_niches there.")
+    needed = "jax, optax, sklearn, tqdm"
+    try:
+        command = [python, "-c", f"import {needed}; print(jax.__version__)"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = (getattr(error, "stderr", None) or str(error)).splitlines()[-1]
+        sys.exit(f"Error: {python} cannot import {needed} ({why}). Install them, or name another by --authors-python.")
+
+
+@contextlib.contextmanager
+def published_loop(
+    folder: Path, python: str, tensors: list[Tensor], hidden_dim: int, params: int
+) -> Iterator[Callable[[int], float]]:
+    """The authors' whole loop as a function from children to seconds: one process, so that JAX compiles once."""
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary, "arrays.npz")
+        np.savez(path, *tensors)
+        sizes = (hidden_dim, params, PAPER["archive_size"])
+        command = [python, "-B", "-c", PUBLISHED_LOOP, *map(str, (folder.absolute(), path, *sizes))]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"}  # as in their main.py
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, env=environment, **pipes) as process:
+
+            def seconds(children: int) -> float:
+                print(children, file=process.stdin, flush=True)
+                if not (answer := process.stdout.readline()):
+                    sys.exit("Error: the authors' code ended early, for the reason above.")
+                return float(answer)
+
+            yield seconds
+
+
+def our_loop(tensors: list[Tensor], hidden_dim: int, children: int) -> float:
+    """Seconds of the same by M2N2, its start included as theirs is."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        start = time.perf_counter()
+        M2N2(MLP(tensors[0].shape[1], hidden_dim), *tensors, **PAPER).evolve(children)
+        return time.perf_counter() - start
+
+
+def digits() -> list[Tensor]:
+    """scikit-learn's 8x8 digits, split as the authors do: training images and labels, test images and labels."""
+    from sklearn.datasets import load_digits  # of no use to the table
+
+    images, labels = map(torch.tensor, load_digits(return_X_y=True))
+    cut = DIGITS["examples"]
+    return [images[:cut].float(), labels[:cut], images[cut:].float(), labels[cut:]]
+
+
+def small_mnist(data_dir: str) -> list[Tensor]:
+    """MNIST, area-averaged to 14x14, in the same order."""
+    data = script.MNISTDataModule(data_dir, 14)
+    data.prepare_data()
+    data.setup()
+    return [data.train_images.flatten(1), data.train_labels, data.test_images.flatten(1), data.test_labels]
+
+
+def compare(folder: Path, python: str, data_dir: str, rounds: int, children: int | None) -> None:
+    """Children a second of both, in rounds of a whole loop each, on the CPU in float32."""
+    versions = f"torch {torch.__version__} ({torch.get_num_threads()} threads), jax {jax_version(folder, python)}"
+    print(f"cpu ({os.cpu_count()} cores), float32, {versions}")
+    print(f"K = 20, 0/1 scores, sigma = 0.01, no mirroring; whole loops in turn, {rounds} rounds")
+    tests = f"ours the best every {script.TEST_EVERY:,} and at the end"
+    print(f"The published loop also tests a model after each child, {tests}.")
+    print(f"{'children/s, median (min to max)':40}{'theirs':>22}{'ours':>22}  ratio")
+    settings = (
+        ("1,437 of 8x8 (load_digits), 256 hidden", digits, DIGITS["hidden_dim"], 2_000),
+        ("60,000 of 14x14 (MNIST), 32 hidden", partial(small_mnist, data_dir), 32, 500),
+    )
+    for title, load, hidden_dim, default in settings:
+        tensors, count = load(), children or default
+        params = len(script.get_params(MLP(tensors[0].shape[1], hidden_dim)))
+        with published_loop(folder, python, tensors, hidden_dim, params) as theirs:
+            loops = [theirs, partial(our_loop, tensors, hidden_dim)]
+            for loop in loops:
+                loop(10)  # JAX compiles
+            rates = np.array([[count / loop(count) for loop in loops] for _ in range(rounds)]).T
+        medians = np.median(rates, axis=1)
+        spreads = (f"{m:.0f} ({r.min():.0f} to {r.max():.0f})" for m, r in zip(medians, rates, strict=True))
+        print(f"{title:40}{''.join(f'{x:>22}' for x in spreads)}{medians[1] / medians[0]:7.2f}", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--precision", choices=("bf16-true", "32-true"), help="default: the script's")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="also by number of examples, K and hidden units")
+    parser.add_argument("--precision", choices=("auto", "bf16-true", "32-true"), default="auto", help="of the table")
+    parser.add_argument("--rounds", type=int, help="default: 40, on CUDA 10, with --authors 5")
+    parser.add_argument("--authors", type=Path, help="folder of SakanaAI/natural_niches, to compare with instead")
+    parser.add_argument("--authors-python", default=sys.executable, help="a Python that has JAX (default: this one)")
+    parser.add_argument("--children", type=int, help="of a round with --authors (default: 2,000 digits, 500 MNIST)")
+    parser.add_argument("--data-dir", default=script.DATA_DIR, help="of MNIST for --authors")
     arguments = parser.parse_args()
-    flags = [f"--precision={arguments.precision}"] if arguments.precision else []
-    constants = script.parse_constants(flags)
-    device = script.launch(constants).device
-    dtype = torch.bfloat16 if constants.PRECISION == "bf16-true" else torch.float32
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{device.type} ({name}), {constants.PRECISION}, torch {torch.__version__}")
-    print(f"{'':44}  iteration    forward  ratio  children/s")
-
-    def row(title: str, **shape: object) -> None:
-        iteration, forward = measure(device, dtype, **shape)
-        ratio, rate = iteration / forward, 1e3 / iteration
-        print(f"{title:44}{iteration:8.3f} ms{forward:8.3f} ms{ratio:7.2f}{rate:12.0f}", flush=True)
-
-    side, hidden = script.IMAGE_SIZE, script.HIDDEN_DIM
-    row(f"defaults: {side}x{side}, {hidden} hidden, K = {script.ARCHIVE_SIZE}")
-    row("the same, 0/1 scores", score="correct")
-    row("28x28, 128 hidden", image_size=28, hidden_dim=128)
-    row("14x14, 32 hidden, K = 20, probabilities", image_size=14, hidden_dim=32, archive_size=20)
-    row(
-        "14x14, 32 hidden, K = 20, 0/1",
-        image_size=14,
-        hidden_dim=32,
-        archive_size=20,
-        score="correct",
-    )
-    digits = {"examples": 1437, "image_size": 8, "hidden_dim": 256, "archive_size": 20}
-    row("1,437 of 8x8, 256 hidden, K = 20, probability", **digits)
-    row("1,437 of 8x8, 256 hidden, K = 20, 0/1", **digits, score="correct")
-    for examples in (6_000, 15_000, 30_000, 60_000):
-        row(f"{examples:,} examples", examples=examples)
-    for size in (10, 20, 40, 80):
-        row(f"K = {size}", archive_size=size)
-    for hidden in (32, 64, 128, 256, 512):
-        row(f"{hidden} hidden", hidden_dim=hidden)
+    if arguments.authors is None:
+        return table(arguments.precision, arguments.rounds, arguments.all)
+    try:
+        python, data_dir = arguments.authors_python, arguments.data_dir
+        compare(arguments.authors, python, data_dir, arguments.rounds or 5, arguments.children)
+    except script.UserError as error:
+        sys.exit(f"Error: {error}")
 
 
 if __name__ == "__main__":

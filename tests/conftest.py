@@ -1,15 +1,19 @@
 """Small MNIST-like data, the real one where it is unpacked, and the script as a user runs it."""
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "m2n2_mnist.py"
 sys.path.insert(0, str(ROOT))
 
 import m2n2_mnist as script  # noqa: E402
@@ -64,11 +68,10 @@ def small(**settings: object) -> list[str]:
     return [f"--{k.replace('_', '-')}={v}" for k, v in (defaults | settings).items()]
 
 
-def spawn(*flags: str, launcher: tuple[str, ...] = (), **options: object) -> subprocess.Popen:
+def spawn(*flags: str, launcher: tuple[str, ...] = (), path: Path = SCRIPT, **options: object) -> subprocess.Popen:
     """The script in a process of its own, in the current folder."""
-    command = [sys.executable, *launcher, str(ROOT / "m2n2_mnist.py"), *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, **pipes | options)
+    return subprocess.Popen([sys.executable, *launcher, str(path), *flags], **pipes | options)
 
 
 def run_script(*flags: str, **options: object) -> subprocess.CompletedProcess:
@@ -78,14 +81,14 @@ def run_script(*flags: str, **options: object) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    """The script's `main` in this process: returns exit code, standard output and error."""
+def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Iterator[Callable]:
+    """The script's `main`, or that of an edited copy, in this process: returns exit code, standard output and error."""
 
-    def call(*flags: str) -> tuple[int, str, str]:
+    def call(*flags: str, module: ModuleType = script) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["m2n2_mnist.py", *flags])
         code = 0
         try:
-            script.main()
+            module.main()
         except SystemExit as stop:
             code = stop.code
             if isinstance(code, str):  # sys.exit prints it and makes it a 1
@@ -93,7 +96,10 @@ def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
                 code = 1
         return (code, *capsys.readouterr())
 
-    return call
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield call
+    for number, handler in handlers.items():  # or Ctrl-C would no longer end the tests themselves
+        signal.signal(number, handler)
 
 
 def make_m2n2(

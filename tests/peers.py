@@ -1,0 +1,221 @@
+"""The methods one would pick instead, from EvoTorch, on real MNIST with the script's model and budget.
+
+    pip install -r tests/requirements-peers.txt
+    python tests/peers.py --methods PGPE --seeds 42 43 44
+
+Each gets as many forward passes over the training images as M2N2 and starts from N(0, 0.01^2). What counts is the
+centre of the last distribution or the best model ever evaluated, whichever has the higher training accuracy.
+"""
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import count, islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import m2n2_mnist as script
+from m2n2_mnist import M2N2, MLP, slerp
+
+# Chosen on the last 10,000 training images; the README says how many were tried.
+SETTINGS = {
+    "PGPE": {"popsize": 50, "center_learning_rate": 0.01, "stdev_learning_rate": 0.1, "stdev_init": 0.02},
+    "SNES": {"popsize": 50, "stdev_init": 0.05},
+    "separable CMA-ES": {"popsize": 32, "stdev_init": 0.02},
+    "MAP-Elites": {"mutation_std": 0.005},
+    "M2N2": {},
+    "GA": {"alpha": 0.0, "use_attraction": False},
+}
+MILESTONES = (90, 95, 96)  # % of test accuracy
+
+
+class Evaluator:
+    """A model on training and test examples, given by parameters `(params,)`; counts its passes over the former."""
+
+    def __init__(self, m2n2: M2N2) -> None:
+        self.m2n2, self.passes = m2n2, 0
+        self.odd = m2n2.train_labels % 2 == 1
+
+    def loss(self, params: Tensor) -> float:
+        """Cross-entropy on the training examples."""
+        self.passes += 1
+        logits = self.m2n2.logits(params, self.m2n2.train_images)
+        return -logits.log_softmax(dim=0).gather(0, self.m2n2.train_labels[None]).mean().item()
+
+    def train_right(self, params: Tensor) -> Tensor:
+        self.passes += 1
+        logits = self.m2n2.logits(params, self.m2n2.train_images)
+        return (script.margins(logits, self.m2n2.train_labels) > 0).float()
+
+    def accuracy(self, params: Tensor) -> float:
+        """On the training examples."""
+        return self.train_right(params).mean().item()
+
+    def by_cell(self, params: Tensor) -> list[float]:
+        """Training accuracy, and the tenths, 0 to 9, into which that on odd and that on even digits fall."""
+        right = self.train_right(params)
+        return [right.mean().item(), *(min(9, int(10 * right[part].mean())) for part in (self.odd, ~self.odd))]
+
+    def test_accuracy(self, params: Tensor) -> float:
+        return 100 * self.m2n2.test_accuracy(params[None])
+
+
+def make_problem(evaluate: Callable[[Tensor], float | list[float]], length: int, seed: int, sense: str, extra: int = 0):
+    """An EvoTorch problem whose solutions are evaluated one after the other; `extra` figures follow the objective."""
+    logging.disable(logging.INFO)
+    from evotorch import Problem
+
+    class Classifier(Problem):
+        def _evaluate_batch(self, solutions) -> None:
+            solutions.set_evals(torch.tensor([evaluate(x) for x in solutions.values.as_subclass(Tensor)]))
+
+        def _fill(self, values: Tensor) -> None:
+            values.zero_()  # each search is given its start
+
+    return Classifier(sense, solution_length=length, eval_data_length=extra or None, seed=seed)
+
+
+def search(
+    method: str,
+    evaluator: Evaluator,
+    start: Tensor,
+    children: int,
+    seed: int,
+    by_loss: bool,
+    after: Callable,
+    **settings: object,
+) -> Tensor:
+    """Best parameters that PGPE, SNES or the separable CMA-ES finds; `after(params)` sees its centre now and then."""
+    evaluate, sense = (evaluator.loss, "min") if by_loss else (evaluator.accuracy, "max")
+    problem = make_problem(evaluate, len(start), seed, sense)
+    from evotorch.algorithms import CMAES, PGPE, SNES
+
+    if method == "PGPE":
+        searcher = PGPE(problem, center_init=start, optimizer="adam", **settings)
+    elif method == "SNES":
+        searcher = SNES(problem, center_init=start, **settings)
+    else:
+        searcher = CMAES(problem, center_init=start, separable=True, **settings)
+    while evaluator.passes + settings["popsize"] <= children:
+        searcher.step()
+        if evaluator.passes % 1_000 < settings["popsize"]:
+            after(searcher.status["center"].as_subclass(Tensor))
+    found = [x.as_subclass(Tensor) for x in (searcher.status["center"], searcher.status["best"].values)]
+    return max(found, key=evaluator.accuracy)
+
+
+def merge(a: Tensor, b: Tensor, mutation_std: float, generator: torch.Generator) -> Tensor:
+    """Child `(params,)` by the paper's crossover and mutation."""
+    w, split_point = torch.rand(1, generator=generator), torch.randint(len(a), (1,), generator=generator)
+    before, after = slerp(torch.stack([w, 1 - w]), a, b)
+    child = torch.where(torch.arange(len(a)) < split_point, before, after)
+    return child + mutation_std * torch.randn(len(a), generator=generator)
+
+
+def map_elites(
+    evaluator: Evaluator, params: int, children: int, seed: int, mutation_std: float, start: Sequence[Tensor] = ()
+) -> Tensor:
+    """Best parameters that MAP-Elites finds, with the authors' cells, accuracy on odd and on even digits, 10 x 10.
+
+    `start` are the first models, by default two random ones, evaluated on top of the children as M2N2's are. EvoTorch
+    makes a child for each cell a generation, where the authors make one at a time; a part of a generation is not made.
+    It also copies all solutions for each cell, so they are not the models but their keys in a dictionary.
+    """
+    problem = make_problem(cache(lambda key: evaluator.by_cell(models[int(key)])), 1, seed, "max", extra=2)
+    from evotorch.algorithms import MAPElites
+    from evotorch.operators import CopyingOperator
+
+    models = dict(enumerate(start or 0.01 * torch.randn(2, params, generator=problem.generator)))
+    new_keys = count(len(models))
+
+    class Merge(CopyingOperator):
+        def _do(self, batch):
+            filled = searcher.filled.as_subclass(Tensor)
+            if not filled.any():
+                return batch  # the first models find their cells
+            keys = batch.values[:, 0].int().tolist()
+            elites = [models[key] for key in keys]
+            models.clear()
+            models.update(zip(keys, elites, strict=True))
+            quality = filled * batch.evals[:, 0].as_subclass(Tensor).clamp(min=1e-12)
+            born = list(islice(new_keys, len(batch)))
+            for key in born:
+                a, b = quality.multinomial(2, replacement=bool(filled.sum() < 2), generator=problem.generator)
+                models[key] = merge(elites[a], elites[b], mutation_std, problem.generator)
+            children = batch.clone()
+            children.set_values(torch.tensor(born)[:, None])
+            return children
+
+    tenths = MAPElites.make_feature_grid(torch.full((2,), 0.5), torch.full((2,), 8.5), num_bins=10)
+    searcher = MAPElites(problem, operators=[Merge(problem)], feature_grid=tenths, re_evaluate=False)
+    population = searcher.population
+    population.set_values(torch.arange(len(population))[:, None] % len(models))
+    searcher.run(1 + children // len(population))
+    return models[int(population.values[population.evals[:, 0].argmax()])]
+
+
+def run(method: str, m2n2: M2N2, seed: int, children: int, by_loss: bool = True, **settings: object) -> dict:
+    """Test accuracy and training accuracy in %, seconds, and seconds to each of MILESTONES."""
+    torch.manual_seed(seed)
+    evaluator, started, reached = Evaluator(m2n2), time.perf_counter(), {}
+
+    def after(params: Tensor) -> None:
+        accuracy = evaluator.test_accuracy(params)
+        for milestone in MILESTONES:
+            if accuracy >= milestone:
+                reached.setdefault(milestone, time.perf_counter() - started)
+
+    params = m2n2.archive.shape[1]
+    if method in ("M2N2", "GA"):
+        m2n2.evolve(
+            children, 1_000, lambda m: m.iteration % 1_000 == 0 and after(m.archive[m.class_hits().sum(1).argmax()])
+        )
+        best = m2n2.archive[m2n2.class_hits().sum(dim=1).argmax()]
+    elif method == "MAP-Elites":
+        best = map_elites(evaluator, params, children, seed, **settings)
+    else:
+        best = search(method, evaluator, 0.01 * torch.randn(params), children, seed, by_loss, after, **settings)
+    seconds = time.perf_counter() - started
+    return {
+        "test": evaluator.test_accuracy(best),
+        "train": 100 * evaluator.accuracy(best),
+        "seconds": seconds,
+        "milestones": reached,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42])
+    parser.add_argument("--children", type=int, default=50_000)
+    parser.add_argument("--data-dir", default=script.DATA_DIR)
+    parser.add_argument("--validation", type=int, default=0, help="train on the first so many, test on the last 10,000")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings instead of SETTINGS'")
+    arguments = parser.parse_args()
+    data = script.MNISTDataModule(arguments.data_dir)
+    data.prepare_data()
+    data.setup()
+    tensors = data.train_images, data.train_labels, data.test_images, data.test_labels
+    if part := arguments.validation:
+        tensors = tensors[0][:part], tensors[1][:part], tensors[0][-10_000:], tensors[1][-10_000:]
+    changed = {name: float(value) for name, value in (pair.split("=") for pair in arguments.set)}
+    for method in arguments.methods:
+        for seed in arguments.seeds:
+            settings = SETTINGS[method] | changed
+            own = settings if method in ("M2N2", "GA") else {}
+            m2n2 = M2N2(MLP(script.IMAGE_SIZE**2), *tensors, seed=seed, **own)
+            row = run(method, m2n2, seed, arguments.children, **({} if own else settings))
+            times = ", ".join(f"{name} % in {value:.0f} s" for name, value in row["milestones"].items())
+            figures = f"test {row['test']:.2f}, train {row['train']:.2f}, {row['seconds']:.0f} s ({times})"
+            print(f"{method:18} {settings} seed {seed}: {figures}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
