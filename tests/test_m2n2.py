@@ -390,7 +390,7 @@ def test_ensemble_is_the_mean_of_probabilities() -> None:
 
 
 def test_competition_beats_the_genetic_algorithm() -> None:
-    """2,000 children on scikit-learn's digits: 86 to 87 % with competition and attraction, 65 to 67 without (3 seeds)."""
+    """2,000 children on scikit-learn's digits: 86 to 87 % with competition and attraction, 65 to 67 without."""
     digits = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed").load_digits()
     images, labels = torch.as_tensor(digits.data).float(), torch.as_tensor(digits.target)
     images = (images - images.mean(dim=0)) / images.std()
