@@ -88,7 +88,7 @@ def search(
     children: int,
     seed: int,
     by_loss: bool,
-    after: Callable,
+    after: Callable[[Tensor], None] = lambda params: None,
     **settings: object,
 ) -> Tensor:
     """Best parameters that PGPE, SNES or the separable CMA-ES finds; `after(params)` sees its centre now and then."""
@@ -127,7 +127,8 @@ def map_elites(
     makes a child for each cell a generation, where the authors make one at a time; a part of a generation is not made.
     It also copies all solutions for each cell, so they are not the models but their keys in a dictionary.
     """
-    problem = make_problem(cache(lambda key: evaluator.by_cell(models[int(key)])), 1, seed, "max", extra=2)
+    evaluate = cache(lambda key: evaluator.by_cell(models[key]))  # each model once
+    problem = make_problem(lambda key: evaluate(int(key)), 1, seed, "max", extra=2)
     from evotorch.algorithms import MAPElites
     from evotorch.operators import CopyingOperator
 
