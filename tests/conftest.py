@@ -61,6 +61,12 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture
+def no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of many runs: it takes five times as long as the rest of a short one."""
+    monkeypatch.setattr(script, "plot_evolution", lambda *_: None)
+
+
 def small(**settings: object) -> list[str]:
     """Command-line flags of a run of seconds on `write_mnist`'s data."""
     defaults = {"iterations": 60, "test_every": 20, "checkpoint_every": 10, "image_size": 7}
@@ -69,9 +75,10 @@ def small(**settings: object) -> list[str]:
 
 
 def spawn(*flags: str, launcher: tuple[str, ...] = (), path: Path = SCRIPT, **options: object) -> subprocess.Popen:
-    """The script in a process of its own, in the current folder."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *launcher, str(path), *flags], **pipes | options)
+    """The script in a process of its own, in the current folder, on one thread like the tests: for the same bits."""
+    fixed = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    fixed |= {"env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    return subprocess.Popen([sys.executable, *launcher, str(path), *flags], **fixed | options)
 
 
 def run_script(*flags: str, **options: object) -> subprocess.CompletedProcess:
@@ -86,6 +93,7 @@ def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Iter
 
     def call(*flags: str, module: ModuleType = script) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["m2n2_mnist.py", *flags])
+        capsys.readouterr()  # what a call before left, which ended otherwise
         code = 0
         try:
             module.main()

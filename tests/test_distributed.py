@@ -2,14 +2,16 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import small, spawn, write_mnist
+from conftest import SCRIPT, small, spawn, write_mnist
 from test_script import RUN, checkpoint, rows
 
 # Random ports, so that tests may run beside each other.
@@ -22,7 +24,7 @@ def run_processes(processes: int, *flags: str) -> tuple[int, str, str]:
     return process.returncode, out, error
 
 
-def test_same_archive_as_one_process(tmp_path: Path, main) -> None:
+def test_same_archive_as_one_process(tmp_path: Path, main: Callable) -> None:
     """2 and 3 processes, 301 examples, 300 children.
 
     Not with 0/1 scores: they make ties, which the rounding of another order of sums may decide.
@@ -46,19 +48,40 @@ def test_same_archive_as_one_process(tmp_path: Path, main) -> None:
             )
 
 
-def test_interrupted_and_resumed(data_dir: Path, main) -> None:
-    """One process gets the signal, all stop at the same child; one process can go on."""
-    flags = small(data_dir=data_dir, iterations=100_000, precision="32-true")
-    process = spawn(*flags, launcher=(*TORCHRUN, "2"))
+def test_specialists(tmp_path: Path, main: Callable) -> None:
+    """All processes merge the same two models, those of one process."""
+    data = write_mnist(tmp_path / "data", train=2_001)
+    flags = small(data_dir=data, start="specialists", test_every=1, precision="32-true")
+    code, _, error = main(*flags)
+    assert code == 0, error
+    one, history = checkpoint(RUN)["m2n2"], rows(RUN)
+    code, out, error = run_processes(2, *flags, "--output-dir=runs-2")
+    assert code == 0 and out.count("Evolution finished.") == 1, error
+    assert "2 process(es)" in out and len(re.findall(r"Evolving Models: +0%", error)) == 1
+    assert "GPU" not in out + error and not os.path.exists("lightning_logs")  # Lightning's chatter
+    folder = "runs-2" / RUN.relative_to("runs")
+    assert os.listdir(folder.parent) == ["version_0"]
+    torch.testing.assert_close(checkpoint(folder)["m2n2"]["archive"], one["archive"])
+    assert [row["train_acc"] for row in rows(folder)] == [row["train_acc"] for row in history]
+
+
+def test_interrupted_and_resumed(data_dir: Path, main: Callable) -> None:
+    """One process gets the signal, all stop at the same child; the printed command goes on, and so can one process."""
+    process = spawn(*small(data_dir=data_dir, iterations=3_000, precision="32-true"), launcher=(*TORCHRUN, "2"))
     wait_for_checkpoint(process)
     os.kill(workers(process)[-1], signal.SIGTERM)  # not the one that prints
-    out, error = process.communicate(timeout=120)
+    out, error = process.communicate(timeout=300)
     assert process.returncode != 0 and "Evolution interrupted at iteration" in out, error
     iteration = checkpoint(RUN)["m2n2"]["iteration"]
-    assert iteration % 50 == 0
-    flags[0] = f"--iterations={iteration + 100}"
-    code, out, _ = main(*flags, f"--resume={RUN}")
-    assert code == 0 and "100 children in" in out
+    assert iteration % 50 == 0 and 100 <= iteration < 3_000
+
+    program, processes, path, *flags = shlex.split(re.search(r"^To go on: (.+)$", out, re.M)[1])
+    assert (program, processes, path) == ("torchrun", "--nproc_per_node=2", str(SCRIPT))
+    assert flags == [f"--resume={RUN}"]
+    code, out, error = run_processes(2, *flags)
+    assert code == 0 and f"{3_000 - iteration:,} children in" in out and out.count("Evolution finished.") == 1, error
+    code, out, error = main(*flags, "--iterations=3_050")
+    assert code == 0 and "50 children in" in out, error
 
 
 def test_a_process_that_dies_ends_the_run(data_dir: Path) -> None:

@@ -1,0 +1,281 @@
+"""On CUDA: the graph captured of an iteration computes the same bits, and nothing in one waits for the host.
+
+The first part needs no GPU: PyTorch's fake tensors say they are on one, and compute shapes only.
+"""
+
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_m2n2
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from m2n2_mnist import M2N2, MLP
+
+SWITCHES = ["none", "use_crossover", "use_split_point", "use_attraction", "use_mirroring"]
+every_setting = pytest.mark.parametrize("switch", SWITCHES)
+every_score = pytest.mark.parametrize("score", ["correct", "probability"])
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+
+def without(switch: str) -> dict[str, bool]:
+    return {} if switch == "none" else {switch: False}
+
+
+# --- Without a GPU ---
+
+
+class NoHost(TorchDispatchMode):
+    """Fails where a tensor of the host takes part, or where a CUDA kernel waits though its fake does not."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace == "aten":
+            with self:  # inference mode hands over whole what is composed of other operations
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+        assert all(x.is_cuda for x in tensors), f"{func} with a tensor of the host"
+        indices = tree_leaves(args[1]) if "index_put" in func._opname else []
+        assert not any(x is not None and x.dtype == torch.bool for x in indices), f"{func} with a mask"
+        assert func._opname != "multinomial", f"{func} waits"
+        return result
+
+
+@contextmanager
+def fake_cuda(m2n2: M2N2) -> Iterator[None]:
+    """Put all its tensors on a GPU that need not exist; values that are asked for raise, as do shapes made of them."""
+    with FakeTensorMode():
+        for name, value in vars(m2n2).items():
+            if isinstance(value, Tensor):
+                fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+                setattr(m2n2, name, fake)
+        with torch.device("cuda"):
+            m2n2._evaluated = MLP(6, 5).requires_grad_(False)
+        m2n2._generator, m2n2._random = None, {"device": torch.device("cuda")}  # CUDA's needs a GPU
+        with NoHost():
+            yield
+
+
+@every_score
+@every_setting
+def test_an_iteration_never_waits_for_the_host(score: str, switch: str) -> None:
+    """Nor does it depend on values or replace a tensor of the state: what a CUDA graph must not do."""
+    m2n2 = make_m2n2(score=score, eval_batch_size=16, **without(switch))
+    with fake_cuda(m2n2):
+        before = dict(vars(m2n2))
+        m2n2._step()
+        assert vars(m2n2).keys() == before.keys()
+        assert all(value is before[name] for name, value in vars(m2n2).items())
+
+
+FAULTS = {
+    "item": lambda x: x.sum().item(),
+    "branch": lambda x: x if x.sum() > 0 else -x,
+    "tolist": lambda x: x.tolist(),
+    "cpu": lambda x: x.cpu(),
+    "numpy": lambda x: x.cpu().numpy(),
+    "mask": lambda x: x[x > 0],
+    "assignment by a mask": lambda x: x.__setitem__(x > 0, torch.zeros_like(x)[0, 0]),
+    "nonzero": lambda x: x.nonzero(),
+    "unique": lambda x: x.unique(),
+    "equal": torch.equal,
+    "index from the host": lambda x: x[torch.tensor([0])],
+    "scalar from the host": lambda x: x + torch.tensor(1.0),
+    "upload": lambda x: x + torch.ones(1).to(x.device),
+    "random number of the host": lambda x: x * torch.rand(1),
+    "multinomial": lambda x: x.multinomial(1),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_check_itself_fails_where_it_should(fault: Callable, mode: Callable) -> None:
+    m2n2 = make_m2n2()
+    with fake_cuda(m2n2), mode(), pytest.raises((AssertionError, RuntimeError)):
+        fault(*[m2n2.scores] * (2 if fault is torch.equal else 1))
+
+
+# --- With a GPU ---
+
+
+def make_cuda(model: nn.Module | None = None, captured: bool = True, device: str = "cuda", **settings: object) -> M2N2:
+    """`make_m2n2`'s on the GPU; with `captured=False`, its steps are never captured."""
+    twin = make_m2n2(1_437)  # no multiple of 4: rows of different alignment
+    tensors = (x.to(device) for x in (twin.train_images, twin.train_labels, twin.test_images, twin.test_labels))
+    settings = {"archive_size": 4, "init_std": 0.5, "mutation_std": 0.1, "seed": 1} | settings
+    m2n2 = M2N2(model or twin.model, *tensors, **settings)
+    m2n2._warm_ups *= captured
+    return m2n2
+
+
+def is_captured(m2n2: M2N2) -> bool:
+    return isinstance(getattr(m2n2._launch, "__self__", None), torch.cuda.CUDAGraph)
+
+
+def assert_equal(one: M2N2, two: M2N2) -> None:
+    assert torch.equal(one._rows[:-1], two._rows[:-1]) and one.history == two.history
+    assert torch.equal(one._generator.get_state(), two._generator.get_state())
+
+
+@contextmanager
+def no_synchronization() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+@every_score
+@every_setting
+def test_replays_compute_the_same_bits(score: str, switch: str) -> None:
+    graph, steps = (make_cuda(captured=captured, score=score, **without(switch)) for captured in (True, False))
+    start = graph.archive.clone()
+    for m2n2 in (graph, steps):
+        m2n2.evolve(300, test_every=70)
+    assert is_captured(graph) and not is_captured(steps)
+    assert_equal(graph, steps)
+    assert not torch.equal(graph.archive, start)
+
+
+@needs_cuda
+def test_the_last_gpu_need_not_be_the_current_one() -> None:
+    device = f"cuda:{torch.cuda.device_count() - 1}"
+    graph, steps = (make_cuda(captured=captured, device=device) for captured in (True, False))
+    for m2n2 in (graph, steps):
+        m2n2.evolve(50)
+    assert is_captured(graph)
+    assert_equal(graph, steps)
+    assert torch.cuda.current_device() == 0
+
+
+@needs_cuda
+@every_score
+@every_setting
+def test_no_synchronization(score: str, switch: str) -> None:
+    m2n2 = make_cuda(score=score, **without(switch))
+    with pytest.raises(RuntimeError), no_synchronization():  # the check itself works
+        m2n2.scores.sum().item()
+    with no_synchronization():
+        m2n2._step()
+    m2n2.evolve(10)
+    assert is_captured(m2n2)
+    with no_synchronization():
+        m2n2._sigma.fill_(m2n2._sigma_now())
+        m2n2._next_child()
+
+
+@needs_cuda
+@pytest.mark.parametrize("children", [2, 3, 40])  # before, at and long after the capture
+def test_a_checkpoint_between_replays_resumes_to_the_same_bits(children: int) -> None:
+    whole, halves, resumed = (make_cuda(schedule=100) for _ in range(3))
+    whole.evolve(100, test_every=25)
+    halves.evolve(100, test_every=25, after_child=lambda m2n2: m2n2.iteration == children)
+    resumed.evolve(7)  # a graph of its own, which goes on with the state it is given
+    state = halves.state_dict()
+    halves.evolve(5)  # changes nothing in what was handed out
+    resumed.load_state_dict(state)
+    resumed.evolve(100 - children, test_every=25)
+    assert_equal(whole, resumed)
+
+
+@needs_cuda
+def test_memory_does_not_grow_with_replays() -> None:
+    m2n2 = make_cuda()
+    m2n2.evolve(10)
+    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    m2n2.evolve(1_000, test_every=10_000)
+    assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
+
+
+@needs_cuda
+def test_a_graph_and_its_memory_go_with_the_m2n2() -> None:
+    held = []
+    for _ in range(4):
+        make_cuda().evolve(10)
+        held.append(torch.cuda.memory_allocated())
+    assert held[1] == held[3]  # with the first one, cuBLAS gets a workspace that it keeps
+
+
+@needs_cuda
+def test_it_is_captured_once_and_without_a_word(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    captures, original = [], M2N2._captured_step
+    monkeypatch.setattr(M2N2, "_captured_step", lambda self: captures.append(1) or original(self))
+    m2n2 = make_cuda()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        m2n2.evolve(2)
+        assert not captures
+        m2n2.evolve(1)
+        assert len(captures) == 1 and is_captured(m2n2)
+        m2n2.evolve(20)
+    out, err = capfd.readouterr()
+    assert len(captures) == 1 and is_captured(m2n2)
+    assert not out and "Warning" not in err  # C++ writes its own past Python's filters
+
+
+@needs_cuda
+@pytest.mark.parametrize("archive_size", [2, 4, 9, 20])
+def test_of_equals_the_first_member_goes(archive_size: int) -> None:
+    m2n2 = make_cuda(archive_size=archive_size)
+    m2n2.scores.copy_(torch.rand_like(m2n2._child_scores).expand_as(m2n2.scores))
+    m2n2._child_scores.copy_(m2n2.scores[0])
+    m2n2.archive.copy_(torch.arange(archive_size)[:, None].expand_as(m2n2.archive))
+    m2n2._child.fill_(archive_size)
+    m2n2._update_archive()
+    assert m2n2.archive[:, 0].tolist() == [archive_size, *range(1, archive_size)]
+
+
+HABITS = {
+    "waits for a value": lambda images: images * (images.sum() * 0 + 1).item(),
+    "has a shape of values": lambda images: images[images[:, 0] > -torch.inf],
+    "looks at the host's copy": lambda images: images.cpu().to(images.device),
+}
+
+
+class Habitual(nn.Linear):
+    """A linear model with a habit, which changes no bit."""
+
+    habit = staticmethod(lambda images: images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(self.habit(images))
+
+
+@needs_cuda
+@pytest.mark.parametrize("habit", HABITS.values(), ids=HABITS)
+def test_a_model_that_cannot_be_captured(habit: Callable, capfd: pytest.CaptureFixture) -> None:
+    """It runs step by step to the same archive, says so in one line, and spoils no other capture."""
+    plain, model = make_cuda(Habitual(6, 10)), Habitual(6, 10)
+    model.habit = habit
+    m2n2, stream = make_cuda(model), torch.cuda.current_stream()
+    after = make_cuda(Habitual(6, 10))
+    for each in (plain, m2n2, after):
+        each.evolve(50, test_every=30)
+        each.evolve(50, test_every=30)
+    (line,) = capfd.readouterr().out.splitlines()
+    assert line.startswith("No CUDA graph")
+    assert torch.cuda.current_stream() == stream
+    assert is_captured(plain) and not is_captured(m2n2) and is_captured(after)
+    assert_equal(plain, m2n2)
+    assert_equal(plain, after)
+
+
+@needs_cuda
+@pytest.mark.slow
+def test_the_default_run_reaches_the_cpus_accuracy(real_mnist: Path, main: Callable) -> None:
+    code, out, err = main(f"--data-dir={real_mnist}", "--accelerator=cuda", "--runs=3")
+    assert code == 0 and "No CUDA graph" not in out, err
+    (mean,) = re.findall(r"Mean Test Accuracy of 3 runs: ([\d.]+)", out)
+    assert float(mean) >= 96.5
