@@ -1,5 +1,6 @@
 """Real processes under torchrun against one process, and a process that dies."""
 
+import argparse
 import os
 import re
 import shlex
@@ -11,15 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
 from conftest import SCRIPT, small, spawn, write_mnist
 from test_script import RUN, checkpoint, rows
+
+import m2n2_mnist as script
 
 # Random ports, so that tests may run beside each other.
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 
 
 def run_processes(processes: int, *flags: str) -> tuple[int, str, str]:
-    process = spawn(*flags, launcher=(*TORCHRUN, str(processes)))
+    process = spawn(*flags, launcher=(*TORCHRUN, str(processes), "--"))
     out, error = process.communicate(timeout=300)
     return process.returncode, out, error
 
@@ -65,9 +69,25 @@ def test_specialists(tmp_path: Path, main: Callable) -> None:
     assert [row["train_acc"] for row in rows(folder)] == [row["train_acc"] for row in history]
 
 
+def torchrun_command(text: str, words: str) -> argparse.Namespace:
+    """The command after these words as torchrun takes it."""
+    program, *arguments = shlex.split(re.search(rf"^{words}: (.+)$", text, re.M)[1])
+    assert program == "torchrun"
+    return torch.distributed.run.parse_args(arguments)
+
+
+@pytest.mark.parametrize("name", vars(script.parse_constants([])[0]))
+def test_torchrun_leaves_every_flag_to_the_script(name: str) -> None:
+    """It looks at all arguments for its own ones, and balks at one that begins two of them."""
+    flag = f"--{name.lower().replace('_', '-')}=1"
+    command = torch.distributed.run.parse_args(["--nproc_per_node", "2", "m2n2_mnist.py", flag])
+    assert command.training_script_args == [flag]
+
+
 def test_interrupted_and_resumed(data_dir: Path, main: Callable) -> None:
     """One process gets the signal, all stop at the same child; the printed command goes on, and so can one process."""
-    process = spawn(*small(data_dir=data_dir, iterations=3_000, precision="32-true"), launcher=(*TORCHRUN, "2"))
+    flags = small(data_dir=data_dir, iterations=3_000, test_every=100, precision="32-true", runs=2)
+    process = spawn(*flags, launcher=(*TORCHRUN, "2"))
     wait_for_checkpoint(process)
     os.kill(workers(process)[-1], signal.SIGTERM)  # not the one that prints
     out, error = process.communicate(timeout=300)
@@ -75,8 +95,11 @@ def test_interrupted_and_resumed(data_dir: Path, main: Callable) -> None:
     iteration = checkpoint(RUN)["m2n2"]["iteration"]
     assert iteration % 50 == 0 and 100 <= iteration < 3_000
 
-    program, processes, path, *flags = shlex.split(re.search(r"^To go on: (.+)$", out, re.M)[1])
-    assert (program, processes, path) == ("torchrun", "--nproc_per_node=2", str(SCRIPT))
+    go_on, others = torchrun_command(out, "To go on"), torchrun_command(error, "The other runs")
+    for command in (go_on, others):
+        assert command.nproc_per_node == "2" and command.training_script == str(SCRIPT)
+    assert others.training_script_args == [*flags, "--seed=43", "--runs=1"]
+    flags = go_on.training_script_args
     assert flags == [f"--resume={RUN}"]
     code, out, error = run_processes(2, *flags)
     assert code == 0 and f"{3_000 - iteration:,} children in" in out and out.count("Evolution finished.") == 1, error
