@@ -133,7 +133,7 @@ def vectors(params: int, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("seed", range(5))
 def test_slerp(authors: SimpleNamespace, seed: int, w: float) -> None:
     a, b = vectors(95, seed)
-    for x, y in ((a, b), (a, a), (a, 3 * a)):
+    for x, y in ((a, b), (a, a), (a, 3 * a), (a, a + 0.09 * a.roll(1))):
         theirs = authors.helper.slerp(w, jax.numpy.asarray(x.numpy()), jax.numpy.asarray(y.numpy()))
         np.testing.assert_allclose(slerp(w, x, y), theirs, rtol=1e-4, atol=1e-4)
 

@@ -558,7 +558,13 @@ def test_test_images_unlike_the_training_images() -> None:
 @pytest.mark.parametrize("examples", [1, 2, 10, 40])
 def test_a_model_that_answers_something_else(examples: int) -> None:
     """With as many images as there are classes, too."""
-    for change in (lambda x: x[:, 0], lambda x: x[..., None], lambda x: x.mean(), lambda x: x.T[:3], lambda x: x[None]):
+    changes = [lambda x: x[:, 0], lambda x: x[..., None], lambda x: x.mean(), lambda x: x.T[:3], lambda x: x[None]]
+    for change in (*changes, lambda x: (x, x), lambda x: {"logits": x}):
         with pytest.raises(ValueError, match=r"^model answers \(.*\) to \d images?, accepted is"):
             M2N2(Answers(change), **tensors(examples))
     M2N2(Answers(lambda x: x), **tensors(examples)).evolve(2)
+
+
+def test_initial_models_of_another_size() -> None:
+    with pytest.raises(ValueError, match=r"^initial_models .*44 parameters, accepted is .*\b95$"):
+        M2N2(MLP(6, 5), **tensors(), initial_models=[MLP(6, 5), MLP(6, 2, 10)])

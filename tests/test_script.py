@@ -487,6 +487,15 @@ def test_ctrl_c_while_the_next_run_is_prepared(
         assert {"--seed=8", "--runs=2"} <= set(others)
 
 
+@pytest.mark.usefixtures("no_figure")
+def test_ctrl_c_within_the_last_run(data_dir: Path, main: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mean of runs of which one was not finished would be none."""
+    at_iteration(monkeypatch, 33, ctrl_c, run=2)
+    code, out, error = main(*small(data_dir=data_dir, runs=2))
+    assert code == 130 and "Evolution interrupted at iteration 33.\n" in out and "Mean" not in out
+    assert printed_command(out, "To go on") == [f"--resume={SECOND}"] and "The other runs" not in error
+
+
 def test_ctrl_c_at_the_end_of_the_last_run(data_dir: Path, main: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is left to do, and yet it is Ctrl-C's exit code."""
     at_call(monkeypatch, script, "plot_evolution", 2, ctrl_c)
@@ -549,6 +558,7 @@ def test_killed_in_the_second_of_several_runs(data_dir: Path, main: Callable, mo
     assert code == 0 and "seed 8\n" in out and out.count("Evolution finished.") == 1, error
     assert "Mean Test Accuracy" not in out and len(os.listdir(RUN.parent)) == 2
     assert yaml.safe_load((SECOND / "hparams.yaml").read_text())["SEED"] == 8
+    assert main(f"--resume={SECOND}", "--runs=1")[0] == 0  # which it is now
     main(*small(data_dir=data_dir, seed=8, output_dir="undisturbed"))
     same_end(SECOND, "undisturbed" / RUN.relative_to("runs"))
 
@@ -596,6 +606,8 @@ def test_resume_of_another_experiment(data_dir: Path, main: Callable) -> None:
         assert code == 1 and not out and f"{name.upper()} is {value!r}" in error and error.count("\n") == 1, error
     code, _, error = main(f"--resume={RUN}", "--runs=2")
     assert code == 2 and "RUNS is 2" in error
+    code, _, error = main(f"--resume={RUN}", "--iterations=59")
+    assert code == 1 and "ITERATIONS is 59" in error and "60" in error
     assert contents(Path("runs")) == before
 
 
@@ -659,12 +671,12 @@ BAD_CHECKPOINTS = {
     "list": [1],
     "number": 5,
     "of another script": {"constants": {}, "m2n2": {"weights": torch.ones(1)}},
-    "of an older version": {"experiment": {"SEED": 42}, "m2n2": {"archive": torch.ones(1)}},
+    "of the first version": {"experiment": {"SEED": 42}, "m2n2": {"archive": torch.ones(1)}},
 }
 
 
 @pytest.mark.usefixtures("no_figure")
-@pytest.mark.parametrize("how", ["absent", "truncated", "a folder", *BAD_CHECKPOINTS])
+@pytest.mark.parametrize("how", ["absent", "truncated", "of an older version", "a folder", *BAD_CHECKPOINTS])
 def test_bad_checkpoint(how: str, data_dir: Path, main: Callable) -> None:
     RUN.mkdir(parents=True)
     path, content = RUN / "checkpoint.pt", BAD_CHECKPOINTS.get(how)
@@ -672,6 +684,12 @@ def test_bad_checkpoint(how: str, data_dir: Path, main: Callable) -> None:
         main(*small(data_dir=data_dir))
         path = SECOND / "checkpoint.pt"
         path.write_bytes(path.read_bytes()[:-1_000])
+    elif how == "of an older version":  # without mirrored mutation
+        main(*small(data_dir=data_dir))
+        path = SECOND / "checkpoint.pt"
+        older = checkpoint(SECOND)
+        del older["constants"]["USE_MIRRORING"], older["file"]["USE_MIRRORING"], older["m2n2"]["mirror"]
+        torch.save(older, path)
     elif how == "a folder":
         path.mkdir()
     elif isinstance(content, bytes):
@@ -718,9 +736,8 @@ def test_the_readmes_snippets_run(data_dir: Path, main: Callable) -> None:
         exec(re.sub(r"(evolve\((?:iterations=)?)[\d_]+", r"\g<1>20", block), names)
 
 
-def test_the_readmes_commands_are_accepted() -> None:
-    commands = re.findall(r"(?:python|torchrun [\w= -]+) m2n2_mnist\.py( [^`#\n]+)?", README)
-    assert len(commands) > 5
-    for flags in commands:
-        if "--help" not in flags:
-            script.parse_constants(shlex.split(flags))
+def test_the_readmes_flags_are_the_scripts(main: Callable) -> None:
+    commands = re.findall(r"m2n2_mnist\.py((?:\s+--[^`#]*)?)", README)
+    flags = {flag for command in commands for flag in re.findall(r"--[a-z-]+", command)}
+    _, help_text, _ = main("--help")
+    assert len(flags) > 5 and flags <= set(re.findall(r"--[a-z-]+", help_text))
