@@ -404,7 +404,7 @@ class M2N2:
         self._base, self._noise = torch.zeros(2, params, device=device)  # of the last mutation
         self._lost = torch.zeros(1, dtype=torch.bool, device=device)  # whether it is to be mirrored
         self._accepted = torch.zeros(1, device=device)  # children since the last row of history
-        self._launch, self._warm_ups = self._step, 3 if self._weights.is_cuda else 0
+        self._replay, self._warm_ups = None, 3 if self._weights.is_cuda else 0
         self.iteration, self.history = 0, []
         random = (self.init_std * torch.randn(params, **self._random) for _ in range(2))
         for model in list(initial) or random:
@@ -456,31 +456,30 @@ class M2N2:
 
     def _next_child(self) -> None:
         """A step. On CUDA, after a few of them, the replay of a graph captured of it once: a single launch."""
-        self._launch()
+        (self._replay or self._step)()
         if self._warm_ups:
             self._warm_ups -= 1
-            self._launch = self._step if self._warm_ups else self._captured_step()
+            self._replay = None if self._warm_ups else self._captured_step()
 
-    def _captured_step(self) -> Callable[[], None]:
-        """The replay of `_step` as a CUDA graph, or `_step` itself where the model makes the host wait."""
-        graph, state = torch.cuda.CUDAGraph(), self._generator.get_state()
+    def _captured_step(self) -> Callable[[], None] | None:
+        """The replay of `_step` as a CUDA graph, or None where the model makes the host wait."""
+        graph, device, state = torch.cuda.CUDAGraph(), self._weights.device, self._generator.get_state()
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # newer PyTorch registers a generator on its first use, and warns
+            if torch.__version__ < "2.14":  # from there on a generator is registered on its first use
                 graph.register_generator_state(self._generator)
-            own_stream = torch.cuda.stream(torch.cuda.current_stream())  # to which a failed capture would not return
-            with (
-                torch.cuda.device(self._weights.device),
-                own_stream,
-                torch.cuda.graph(graph, capture_error_mode="thread_local"),
-            ):
+            before = torch.cuda.stream(torch.cuda.current_stream(device))  # to which a failed capture would not return
+            options = {"stream": torch.cuda.Stream(device), "capture_error_mode": "thread_local"}
+            with torch.cuda.device(device), before, torch.cuda.graph(graph, **options):
                 self._step()
         except RuntimeError as error:
-            print(f"No CUDA graph, which is slower: the model cannot be captured ({str(error).splitlines()[0]})")
-            self._generator = torch.Generator(self._weights.device)  # the other may be stuck
+            if rank_zero_only.rank == 0:
+                tqdm.write(
+                    f"No CUDA graph, which is slower: the step cannot be captured ({str(error).splitlines()[0]})"
+                )
+            self._generator = torch.Generator(device)  # the other may be stuck
             self._generator.set_state(state)
             self._random["generator"] = self._generator
-            return self._step
+            return None
         return graph.replay
 
     def _select_parents(self) -> tuple[Tensor, Tensor]:
