@@ -6,7 +6,7 @@ in 11 minutes on 2 cores of an AMD EPYC without bf16. This is Model Merging of N
 
     python m2n2_mnist.py                              # the experiment of the constants below
     python m2n2_mnist.py --iterations 1000 --seed 7   # any constant overridden; --help lists them
-    torchrun --nproc_per_node 2 m2n2_mnist.py         # the examples split over processes
+    torchrun --nproc_per_node 2 -- m2n2_mnist.py      # the examples split over processes
 """
 
 import argparse
@@ -130,15 +130,16 @@ def checked(name: str, value: object) -> int | float | bool | str:
     """
     kind, *limits = ACCEPTED[name.lower()]
     if kind is Path and isinstance(value, str | Path):
-        return os.path.expanduser(value)
+        return str(os.path.expanduser(value))
     if kind is bool and isinstance(value, bool | np.bool_):
         return bool(value)
     if kind is str and isinstance(value, str) and value.lower() in limits:
-        return value.lower()
+        return str(value).lower()
     is_number = kind in (int, float) and isinstance(value, Real) and not isinstance(value, bool)
     if is_number and limits[0] <= value <= limits[1] and (kind is float or value % 1 == 0):  # false for NaN
         return kind(value)
-    raise ValueError(f"{name} is {value!r}, accepted is {accepted(name)}")
+    shown = " ".join(repr(value).split())  # in one line
+    raise ValueError(f"{name} is {shown}, accepted is {accepted(name)}")
 
 
 class UserError(Exception):
@@ -743,13 +744,15 @@ def resume(constants: argparse.Namespace, flags: dict[str, object]) -> dict:
     path = Path(constants.RESUME, "checkpoint.pt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        before, file, _ = dict(checkpoint["constants"]), dict(checkpoint["file"]), checkpoint["m2n2"]["archive"]
+        before, file, state = (dict(checkpoint[name]) for name in ("constants", "file", "m2n2"))
+        if before.keys() != vars(constants).keys() or not {"archive", "mirror"} <= state.keys():
+            raise ValueError("of another version")
     except Exception as error:  # whose own text may tell how to run the code in the file
         raise UserError(f"{path} is no whole checkpoint of this script. RESUME wants a run's folder.") from error
     given = {name: now for name, now in constants_of_the_file().items() if now != file.get(name, now)} | flags
     for name in ("ITERATIONS", "CHECKPOINT_EVERY", "RESUME", "DATA_DIR", "OUTPUT_DIR"):
         before[name] = given.pop(name, before[name])
-    if before["ITERATIONS"] < (done := checkpoint["m2n2"]["iteration"]):
+    if before["ITERATIONS"] < (done := state["iteration"]):
         raise UserError(f"ITERATIONS is {before['ITERATIONS']}, but the run to RESUME has had {done}. Set it higher.")
     given.pop("RUNS", None)  # it is one run
     for name, now in given.items():
@@ -761,7 +764,8 @@ def resume(constants: argparse.Namespace, flags: dict[str, object]) -> dict:
 
 def command(fabric: Fabric, *flags: str) -> str:
     """What starts this script again, on as many processes."""
-    launcher = ["torchrun", f"--nproc_per_node={fabric.world_size}"] if fabric.world_size > 1 else ["python"]
+    torchrun = ["torchrun", f"--nproc_per_node={fabric.world_size}", "--"]  # which would take --start for its own
+    launcher = torchrun if fabric.world_size > 1 else ["python"]
     return shlex.join([*launcher, sys.argv[0], *flags])
 
 

@@ -82,7 +82,7 @@ def torchrun_command(text: str, words: str) -> argparse.Namespace:
 def test_torchrun_leaves_every_flag_to_the_script(name: str) -> None:
     """It looks at all arguments for its own ones, and balks at one that begins two of them."""
     flag = f"--{name.lower().replace('_', '-')}=1"
-    command = torch.distributed.run.parse_args(["--nproc_per_node", "2", "m2n2_mnist.py", flag])
+    command = torch.distributed.run.parse_args(["--nproc_per_node", "2", "--", "m2n2_mnist.py", flag])
     assert command.training_script_args == [flag]
 
 
