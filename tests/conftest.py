@@ -105,6 +105,7 @@ def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Iter
         return (code, *capsys.readouterr())
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background process has not
     yield call
     for number, handler in handlers.items():  # or Ctrl-C would no longer end the tests themselves
         signal.signal(number, handler)

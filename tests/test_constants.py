@@ -500,7 +500,8 @@ class Answers(nn.Module):
 
 def tensors(examples: int = 40) -> dict[str, Tensor]:
     images, labels = torch.randn(examples, 6), torch.arange(examples) % 10
-    return {"train_images": images, "train_labels": labels, "test_images": images[:20], "test_labels": labels[:20]}
+    names, test = ("train_images", "train_labels", "test_images", "test_labels"), (images[:20], labels[:20])
+    return {name: tensor.clone() for name, tensor in zip(names, (images, labels, *test), strict=True)}
 
 
 WRONG_TENSORS = {  # the argument, what becomes of it, what the message says

@@ -9,11 +9,12 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed.run
-from conftest import SCRIPT, small, spawn, write_mnist
+from conftest import ROOT, SCRIPT, small, spawn, write_mnist
 from test_constants import edited
 from test_script import RUN, checkpoint, rows
 
@@ -71,19 +72,22 @@ def test_specialists(tmp_path: Path, main: Callable) -> None:
     assert [row["train_acc"] for row in rows(folder)] == [row["train_acc"] for row in history]
 
 
-def torchrun_command(text: str, words: str) -> argparse.Namespace:
-    """The command after these words as torchrun takes it."""
-    program, *arguments = shlex.split(re.search(rf"^{words}: (.+)$", text, re.M)[1])
+def torchrun_command(line: str) -> argparse.Namespace:
+    """The command as torchrun takes it, which looks at all arguments for its own ones, and for what begins two."""
+    program, *arguments = shlex.split(line, comments=True)
     assert program == "torchrun"
     return torch.distributed.run.parse_args(arguments)
 
 
-@pytest.mark.parametrize("name", vars(script.parse_constants([])[0]))
-def test_torchrun_leaves_every_flag_to_the_script(name: str) -> None:
-    """It looks at all arguments for its own ones, and balks at one that begins two of them."""
-    flag = f"--{name.lower().replace('_', '-')}=1"
-    command = torch.distributed.run.parse_args(["--nproc_per_node", "2", "--", "m2n2_mnist.py", flag])
-    assert command.training_script_args == [flag]
+def test_torchrun_leaves_every_flag_to_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the commands that are printed as in those that the README and the file itself show."""
+    flags = [f"--{name.lower().replace('_', '-')}=1" for name in vars(script.parse_constants([])[0])]
+    monkeypatch.setattr("sys.argv", ["m2n2_mnist.py"])
+    shown = re.findall(r"^ *(torchrun [^#\n]+)", (ROOT / "README.md").read_text() + script.__doc__, re.M)
+    assert len(shown) > 1
+    for line in (script.command(SimpleNamespace(world_size=2)), *shown):
+        command = torchrun_command(f"{line} {shlex.join(flags)}")
+        assert command.training_script == "m2n2_mnist.py" and command.training_script_args[-len(flags) :] == flags
 
 
 def test_interrupted_and_resumed(data_dir: Path, main: Callable) -> None:
@@ -97,7 +101,8 @@ def test_interrupted_and_resumed(data_dir: Path, main: Callable) -> None:
     iteration = checkpoint(RUN)["m2n2"]["iteration"]
     assert iteration % 50 == 0 and 100 <= iteration < 3_000
 
-    go_on, others = torchrun_command(out, "To go on"), torchrun_command(error, "The other runs")
+    lines = (re.search(r"^To go on: (.+)$", out, re.M)[1], re.search(r"^The other runs: (.+)$", error, re.M)[1])
+    go_on, others = map(torchrun_command, lines)
     for command in (go_on, others):
         assert command.nproc_per_node == "2" and command.training_script == str(SCRIPT)
     assert others.training_script_args == [*flags, "--seed=43", "--runs=1"]
