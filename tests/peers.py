@@ -4,24 +4,29 @@
     python tests/peers.py --methods PGPE --seeds 42 43 44
 
 Each gets as many forward passes over the training images as M2N2 and starts from N(0, 0.01^2). What counts is the
-centre of the last distribution or the best model ever evaluated, whichever has the higher training accuracy.
+centre of the last distribution or the best model ever evaluated, whichever has the higher training accuracy. Adam is
+no peer but the ceiling: the same MLP by gradient descent.
 """
 
 import argparse
+import ast
 import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import cache
 from itertools import count, islice
 from pathlib import Path
 
 import torch
+from pytorch_lightning import Trainer
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import m2n2_mnist as script
-from m2n2_mnist import M2N2, MLP, slerp
+from m2n2_mnist import M2N2, MLP, get_params, slerp
 
 # Chosen on the last 10,000 training images; the README says how many were tried.
 SETTINGS = {
@@ -31,6 +36,7 @@ SETTINGS = {
     "MAP-Elites": {"mutation_std": 0.005},
     "M2N2": {},
     "GA": {"alpha": 0.0, "use_attraction": False},
+    "Adam": {"epochs": 40},
 }
 MILESTONES = (90, 95, 96)  # % of test accuracy
 
@@ -161,6 +167,14 @@ def map_elites(
     return models[int(population.values[population.evals[:, 0].argmax()])]
 
 
+def train_by_adam(m2n2: M2N2, epochs: int) -> Tensor:
+    """Parameters after some epochs of gradient descent, in batches of 128, from `nn.Linear`'s own start."""
+    model = deepcopy(m2n2.model)
+    examples = DataLoader(TensorDataset(m2n2.train_images, m2n2.train_labels), 128, shuffle=True)
+    Trainer(accelerator="cpu", max_epochs=epochs, barebones=True).fit(model, examples)
+    return get_params(model)
+
+
 def run(method: str, m2n2: M2N2, seed: int, children: int, by_loss: bool = True, **settings: object) -> dict:
     """Test accuracy and training accuracy in %, seconds, and seconds to each of MILESTONES."""
     torch.manual_seed(seed)
@@ -178,6 +192,8 @@ def run(method: str, m2n2: M2N2, seed: int, children: int, by_loss: bool = True,
             children, 1_000, lambda m: m.iteration % 1_000 == 0 and after(m.archive[m.class_hits().sum(1).argmax()])
         )
         best = m2n2.archive[m2n2.class_hits().sum(dim=1).argmax()]
+    elif method == "Adam":
+        best = train_by_adam(m2n2, **settings)
     elif method == "MAP-Elites":
         best = map_elites(evaluator, params, children, seed, **settings)
     else:
@@ -206,7 +222,10 @@ def main() -> None:
     tensors = data.train_images, data.train_labels, data.test_images, data.test_labels
     if part := arguments.validation:
         tensors = tensors[0][:part], tensors[1][:part], tensors[0][-10_000:], tensors[1][-10_000:]
-    changed = {name: float(value) for name, value in (pair.split("=") for pair in arguments.set)}
+    changed = {
+        name: script.value_of(name, text) if name in script.ACCEPTED else ast.literal_eval(text)
+        for name, text in (pair.split("=") for pair in arguments.set)
+    }
     for method in arguments.methods:
         for seed in arguments.seeds:
             settings = SETTINGS[method] | changed
@@ -215,6 +234,8 @@ def main() -> None:
             row = run(method, m2n2, seed, arguments.children, **({} if own else settings))
             times = ", ".join(f"{name} % in {value:.0f} s" for name, value in row["milestones"].items())
             figures = f"test {row['test']:.2f}, train {row['train']:.2f}, {row['seconds']:.0f} s ({times})"
+            for last in m2n2.history[-1:]:
+                figures += f"; coverage {last['coverage']:.2%}, diversity {last['diversity']:.2%}"
             print(f"{method:18} {settings} seed {seed}: {figures}", flush=True)
 
 
