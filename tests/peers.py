@@ -170,6 +170,7 @@ def map_elites(
 def train_by_adam(m2n2: M2N2, epochs: int) -> Tensor:
     """Parameters after some epochs of gradient descent, in batches of 128, from `nn.Linear`'s own start."""
     model = deepcopy(m2n2.model)
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     examples = DataLoader(TensorDataset(m2n2.train_images, m2n2.train_labels), 128, shuffle=True)
     Trainer(accelerator="cpu", max_epochs=epochs, barebones=True).fit(model, examples)
     return get_params(model)
