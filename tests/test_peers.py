@@ -22,7 +22,8 @@ def clouds(examples: int, seed: int) -> tuple[Tensor, Tensor]:
 def test_keeps_to_its_budget_and_learns(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if method in EVOTORCH:
         pytest.importorskip("evotorch", reason="tests/requirements-peers.txt is not installed")
-    m2n2 = M2N2(MLP(10, 16), *clouds(400, 0), *clouds(400, 1), seed=0, mutation_std=0.05)
+    settings = {"mutation_std": 0.05} | (SETTINGS[method] if method == "GA" else {})
+    m2n2 = M2N2(MLP(10, 16), *clouds(400, 0), *clouds(400, 1), seed=0, **settings)
     passes, logits = 0, m2n2.logits
 
     def counted(params: Tensor, images: Tensor) -> Tensor:
