@@ -233,7 +233,7 @@ def compare(folder: Path, python: str, data_dir: str, rounds: int, children: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="also by number of examples, K and hidden units")
-    parser.add_argument("--precision", choices=("auto", "bf16-true", "32-true"), default="auto", help="of the table")
+    parser.add_argument("--precision", choices=("32-true", "bf16-true"), default="32-true", help="of the table")
     parser.add_argument("--rounds", type=int, help="default: 40, on CUDA 10, with --authors 5")
     parser.add_argument("--authors", type=Path, help="folder of SakanaAI/natural_niches, to compare with instead")
     parser.add_argument("--authors-python", default=sys.executable, help="a Python that has JAX (default: this one)")
