@@ -28,12 +28,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import m2n2_mnist as script
 from m2n2_mnist import M2N2, MLP, get_params, slerp
 
-# Chosen on the last 10,000 training images, but for MAP-Elites; the README says how many were tried.
+# Chosen on the last 10,000 training images; the README says how many were tried.
 SETTINGS = {
     "PGPE": {"popsize": 50, "center_learning_rate": 0.01, "stdev_learning_rate": 0.1, "stdev_init": 0.02},
     "SNES": {"popsize": 50, "stdev_init": 0.05},
     "separable CMA-ES": {"popsize": 32, "stdev_init": 0.02},
-    "MAP-Elites": {"mutation_std": 0.005},
+    "MAP-Elites": {"mutation_std": 0.01},
     "M2N2": {},
     "GA": {"alpha": 0.0, "use_attraction": False},
     "Adam": {"epochs": 40},
