@@ -78,6 +78,7 @@ PRECISION = "32-true"  # of the evaluation; "bf16-true" is faster where in hardw
 EVAL_BATCH_SIZE = 0  # images evaluated at a time; 0: 10,000 on a CPU, for its caches, all on a GPU
 
 # --- What is accepted, said once for the classes below, the constants, the flags and --help ---
+DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
 CONSTANTS = {  # type, then its range or its choices
     "seed": (int, 0, 2**32 - 1),
     "runs": (int, 1, math.inf),
@@ -102,7 +103,7 @@ CONSTANTS = {  # type, then its range or its choices
     "use_attraction": (bool,),
     "use_mirroring": (bool,),
     "accelerator": (str, "auto", "cpu", "cuda"),
-    "precision": (str, "32-true", "bf16-true"),
+    "precision": (str, *DTYPES),
     "eval_batch_size": (int, 0, math.inf),
 }
 ACCEPTED = CONSTANTS | {  # arguments alone
@@ -829,7 +830,7 @@ def build(constants: argparse.Namespace, fabric: Fabric, data: MNISTDataModule) 
     if constants.START == "specialists":
         settings["initial_models"] = train_specialists(data, constants.HIDDEN_DIM, fabric)
     model = MLP(constants.IMAGE_SIZE**2, constants.HIDDEN_DIM)
-    dtype = torch.bfloat16 if constants.PRECISION == "bf16-true" else torch.float32
+    dtype = DTYPES[constants.PRECISION]
     tensors = data.train_images.to(dtype), data.train_labels, data.test_images.to(dtype), data.test_labels
     return M2N2(model, *(x.to(fabric.device) for x in tensors), schedule=constants.ITERATIONS, **settings)
 

@@ -114,12 +114,11 @@ def measure(
 
 def table(precision: str, rounds: int | None, everything: bool) -> None:
     """A row for each setting of interest; `everything` adds how the time scales."""
-    constants, _ = script.parse_constants([f"--precision={precision}"])
-    device = script.launch(constants).device
-    dtype = torch.bfloat16 if constants.PRECISION == "bf16-true" else torch.float32
+    constants, _ = script.parse_constants([])
+    device, dtype = script.launch(constants).device, script.DTYPES[precision]
     rounds = rounds or (10 if device.type == "cuda" else 40)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{device.type} ({name}), {constants.PRECISION}, torch {torch.__version__}; ms, {rounds} rounds")
+    print(f"{device.type} ({name}), {precision}, torch {torch.__version__}; ms, {rounds} rounds")
     print(f"{'':38}{'fastest':>16}{'':10}{'sustained (medians)':>24}")
     print(f"{'':38}    step  forward  ratio     child  forward  ratio  children/s")
 
@@ -233,7 +232,7 @@ def compare(folder: Path, python: str, data_dir: str, rounds: int, children: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="also by number of examples, K and hidden units")
-    parser.add_argument("--precision", choices=("32-true", "bf16-true"), default="32-true", help="of the table")
+    parser.add_argument("--precision", choices=script.DTYPES, default=script.PRECISION, help="of the table")
     parser.add_argument("--rounds", type=int, help="default: 40, on CUDA 10, with --authors 5")
     parser.add_argument("--authors", type=Path, help="folder of SakanaAI/natural_niches, to compare with instead")
     parser.add_argument("--authors-python", default=sys.executable, help="a Python that has JAX (default: this one)")

@@ -36,7 +36,7 @@ def test_same_archive_as_one_process(tmp_path: Path, main: Callable) -> None:
     Not with 0/1 scores: they make ties, which the rounding of another order of sums may decide.
     """
     data = write_mnist(tmp_path / "data", train=301)
-    flags = small(data_dir=data, iterations=300, test_every=100, precision="32-true")
+    flags = small(data_dir=data, iterations=300, test_every=100)
     main(*flags)
     one, history = checkpoint(RUN)["m2n2"], rows(RUN)
     Path("edited.py").write_text(edited(SEED="SEED = 42 + int(os.environ['RANK'])"))
@@ -58,7 +58,7 @@ def test_same_archive_as_one_process(tmp_path: Path, main: Callable) -> None:
 def test_specialists(tmp_path: Path, main: Callable) -> None:
     """All processes merge the same two models, those of one process."""
     data = write_mnist(tmp_path / "data", train=2_001)
-    flags = small(data_dir=data, start="specialists", test_every=1, precision="32-true")
+    flags = small(data_dir=data, start="specialists", test_every=1)
     code, _, error = main(*flags)
     assert code == 0, error
     one, history = checkpoint(RUN)["m2n2"], rows(RUN)
@@ -92,7 +92,7 @@ def test_torchrun_leaves_every_flag_to_the_script(monkeypatch: pytest.MonkeyPatc
 
 def test_interrupted_and_resumed(data_dir: Path, main: Callable) -> None:
     """One process gets the signal, all stop at the same child; the printed command goes on, and so can one process."""
-    flags = small(data_dir=data_dir, iterations=3_000, test_every=100, precision="32-true", runs=2)
+    flags = small(data_dir=data_dir, iterations=3_000, test_every=100, runs=2)
     process = spawn(*flags, launcher=(*TORCHRUN, "2"))
     wait_for_checkpoint(process)
     os.kill(workers(process)[-1], signal.SIGTERM)  # not the one that prints
