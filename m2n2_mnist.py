@@ -40,6 +40,7 @@ from lightning_fabric.plugins.environments import LightningEnvironment
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import mnist
@@ -104,14 +105,15 @@ CONSTANTS = {  # type, then its range or its choices
     "use_mirroring": (bool,),
     "accelerator": (str, "auto", "cpu", "cuda"),
     "precision": (str, *DTYPES),
-    "eval_batch_size": (int, 0, math.inf),
+    "eval_batch_size": (int, 0, 10**15),
 }
 ACCEPTED = CONSTANTS | {  # arguments alone
     "input_dim": (int, 1, 10**7),
     "output_dim": (int, 1, 10**7),
-    "batch_size": (int, 1, math.inf),
+    "batch_size": (int, 1, 10**15),
     "schedule": (int, 0, 10**15),
 }
+MERGED_ALONE = {"MUTATION_STD": 0.0, "FINAL_MUTATION_STD": 0.0, "USE_MIRRORING": False}  # for START = "specialists"
 if gone := [name.upper() for name in CONSTANTS if name.upper() not in globals()]:
     sys.exit(f"Error: {', '.join(gone)} must stay at the top of {__file__}, with a value.")
 
@@ -223,7 +225,7 @@ class MNISTDataModule(LightningDataModule):
 
     `train_images` and `test_images` are float32 `(examples, 1, image_size, image_size)`, less the mean training image
     and over the training set's standard deviation; `train_labels` and `test_labels` are int64 `(examples,)`.
-    `checksum` is that of the four files' bytes. ValueError for arguments that are not accepted; UserError for files
+    `checksum` is that of all pixels and labels. ValueError for arguments that are not accepted; UserError for files
     that cannot be downloaded or are not whole.
     """
 
@@ -235,11 +237,11 @@ class MNISTDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download the files that are missing, if any; each gets its name only when whole."""
-        socket.setdefaulttimeout(30)  # seconds of silence; torchvision would wait for ever
         remedy = f"Try again, or put the four unpacked files {', '.join(IDX_FILES)} into {self.raw_dir}, or point "
         with explained("MNIST could not be downloaded", remedy + "DATA_DIR at the folder whose MNIST/raw holds them."):
             missing = [name for name in IDX_FILES if not (self.raw_dir / name).exists()]
             if missing:
+                socket.setdefaulttimeout(30)  # seconds of silence; torchvision would wait for ever
                 self.raw_dir.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(dir=self.raw_dir) as folder:
                     mnist.MNIST(folder, download=True)
@@ -383,12 +385,13 @@ class M2N2:
         )
         self._weights = get_params(self._evaluated)  # (params,), of which its parameters are views: loading is one copy
         nn.utils.vector_to_parameters(self._weights, self._evaluated.parameters())
+        images = self.test_images[:2].clone()
         with torch.no_grad():
-            shape = tuple(getattr(self._evaluated(self.test_images[:2]), "shape", ()))
-        if len(shape) != 2 or shape[0] != len(self.test_images[:2]):
-            raise ValueError(
-                f"model answers {shape} to {len(self.test_images[:2])} images, accepted is (images, classes)"
-            )
+            shape = tuple(getattr(self._evaluated(images), "shape", ()))
+        if len(shape) != 2 or shape[0] != len(images):
+            raise ValueError(f"model answers {shape} to {len(images)} images, accepted is (images, classes)")
+        if not images.equal(self.test_images[:2]):
+            raise ValueError("model changes the images it is given, accepted is one that leaves them as they are")
         if (last := max(len(self._class_sizes) - 1, self.test_labels.max().item())) >= shape[1]:
             raise ValueError(f"labels go up to {last}, accepted is 0 to {shape[1] - 1}, as the model answers")
 
@@ -723,6 +726,11 @@ def parse_constants(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     try:
         flags = {name: checked(name, value_of(name.lower(), text)) for name, text in flags.items()}
         constants = argparse.Namespace(**constants_of_the_file() | flags)
+        if constants.START == "specialists":
+            for name, value in MERGED_ALONE.items():
+                if flags.get(name, value) != value:
+                    raise ValueError(f"{name} is {flags[name]}, but the specialists are merged without mutation")
+            vars(constants).update(MERGED_ALONE)
         if constants.RESUME and flags.get("RUNS", 1) > 1:
             raise ValueError(f"RUNS is {constants.RUNS}, but RESUME goes on with one run")
         if (last := constants.SEED + constants.RUNS - 1) > ACCEPTED["seed"][2]:
@@ -731,8 +739,6 @@ def parse_constants(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
             )
     except ValueError as error:
         parser.exit(2, f"Error: {error}\n")
-    if constants.START == "specialists":  # merged alone
-        vars(constants).update(MUTATION_STD=0.0, FINAL_MUTATION_STD=0.0, USE_MIRRORING=False)
     return constants, flags
 
 
@@ -758,7 +764,8 @@ def resume(constants: argparse.Namespace, flags: dict[str, object]) -> dict:
     given.pop("RUNS", None)  # it is one run
     for name, now in given.items():
         if now not in ("auto", was := before.get(name)):
-            raise UserError(f"{name} is {now!r}, but {was!r} in the run to RESUME. Set it so, or start afresh.")
+            flag = f"--{name.lower().replace('_', '-')}={was}"  # also where the file computes another value each time
+            raise UserError(f"{name} is {now!r}, but {was!r} in the run to RESUME. Give {flag}, or start afresh.")
     vars(constants).update(before)
     return checkpoint
 
@@ -952,7 +959,9 @@ def main() -> None:
         trouble = (str(error) or "no memory").splitlines()[0]
         sys.exit(f"Error: {trouble}\nLower HIDDEN_DIM, ARCHIVE_SIZE, IMAGE_SIZE or EVAL_BATCH_SIZE.")
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(128 + signal.SIGINT)
+    except SIGTERMException:  # Lightning's, while the specialists are trained
+        sys.exit(128 + signal.SIGTERM)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -69,6 +69,15 @@ def milliseconds(function: Callable[[], object], calls: int = 1) -> float:
     return 1e3 * (time.perf_counter() - start) / calls
 
 
+def captured(function: Callable[[], None]) -> Callable[[], None]:
+    """The replay of a CUDA graph of it, so that the forward pass is spared the launches that a step is spared."""
+    function()  # what libraries set up at first use cannot be captured
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+        function()
+    return graph.replay
+
+
 def evolve(m2n2: M2N2, children: int) -> None:
     """So many children by `evolve`, its bar out of sight, stopped before the end, at which it would test K models."""
     end = m2n2.iteration + children
@@ -106,6 +115,8 @@ def measure(
     children = max(10, round(250 / milliseconds(m2n2._next_child, calls)))  # a piece of a quarter of a second
     piece = partial(evolve, m2n2, children)
     passes = [partial(forward, size) for size in {examples, min(examples, m2n2.eval_batch_size)}]
+    if device.type == "cuda":
+        passes = [captured(function) for function in passes]
     singles = [m2n2._next_child, *passes]
     times = [[milliseconds(piece) / children, *(milliseconds(f, calls) for f in singles)] for _ in range(rounds)]
     (_, step, *fastest), (child, _, *medians) = np.min(times, axis=0), np.median(times, axis=0)

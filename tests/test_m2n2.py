@@ -507,6 +507,16 @@ def test_any_model(name: str, score: str) -> None:
         assert m2n2.history[-1]["test_acc"] == pytest.approx(right)
 
 
+@pytest.mark.parametrize("name", ["sub_", "relu_"])
+def test_a_model_that_changes_its_images_is_refused(name: str) -> None:
+    torch.manual_seed(0)
+    images, labels = torch.randn(30, 12), torch.arange(30) % 3
+    before, change = images.clone(), {"sub_": lambda x: x.sub_(0.5), "relu_": torch.relu_}[name]
+    with pytest.raises(ValueError, match="changes the images"):
+        M2N2(Odd(lambda x, w: change(x) @ w.T), images, labels, images, labels)
+    assert torch.equal(images, before)
+
+
 def test_archive_that_stays_empty() -> None:
     m2n2 = make_m2n2(init_std=1e30, mutation_std=1e30, final_mutation_std=1e30)
     m2n2.evolve(10)

@@ -169,6 +169,13 @@ def test_specialists(tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyP
     assert not os.path.exists("lightning_logs")
 
 
+def test_specialists_are_not_mutated(main: Callable) -> None:
+    for flag in ("mutation_std=0.02", "final_mutation_std=1", "use_mirroring=true"):
+        code, out, error = main(*small(start="specialists"), f"--{flag.replace('_', '-')}")
+        assert code == 2 and not out and flag.split("=")[0].upper() in error and error.count("\n") == 1, error
+    assert not os.path.exists("runs")
+
+
 def test_without_matplotlib(data_dir: Path, main: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, out, _ = main(*small(data_dir=data_dir))
@@ -436,6 +443,15 @@ def test_ctrl_c_while_the_data_are_read(data_dir: Path, main: Callable, monkeypa
     assert code == 130 and not out and os.listdir() == ["data"]
 
 
+def test_terminated_while_the_specialists_are_trained(
+    data_dir: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is nothing to save yet, and no success to report. Lightning's Trainer has a handler of its own there."""
+    at_call(monkeypatch, MLP, "training_step", 1, partial(os.kill, os.getpid(), signal.SIGTERM))
+    code, out, _ = main(*small(data_dir=data_dir, start="specialists"))
+    assert code == 143 and not out
+
+
 MOMENTS = {  # of the first of three runs: where, and at which call, in it
     "last measurement": (M2N2, "_measure", 3),
     "best model": (M2N2, "best_model", 1),
@@ -654,6 +670,21 @@ def test_a_constant_edited_since_counts_as_given(
         monkeypatch.setattr(script, name, value)
     code, out, error = main()
     assert code == 0 and "Already finished" in out, error
+
+
+@pytest.mark.usefixtures("no_figure")
+def test_a_constant_that_the_file_computes_anew(
+    data_dir: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SEED = int(time.time()), say: the message names the flag that helps."""
+    for name, was, now in (("SEED", 1_000, 1_001), ("USE_CROSSOVER", False, True)):
+        monkeypatch.setattr(script, name, was)
+        main(*small(data_dir=data_dir), f"--output-dir={name}")
+        monkeypatch.setattr(script, name, now)
+        command = f"--resume={name / RUN.relative_to('runs')}"
+        code, _, error = main(command)
+        flag = re.search(r"Give (\S+), or start afresh", error)[1]
+        assert code == 1 and main(command, flag)[0] == 0, error
 
 
 class Malicious:
