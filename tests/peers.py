@@ -33,7 +33,7 @@ SETTINGS = {
     "PGPE": {"popsize": 50, "center_learning_rate": 0.01, "stdev_learning_rate": 0.1, "stdev_init": 0.02},
     "SNES": {"popsize": 50, "stdev_init": 0.05},
     "separable CMA-ES": {"popsize": 32, "stdev_init": 0.02},
-    "MAP-Elites": {"mutation_std": 0.01},
+    "MAP-Elites": {"mutation_std": 0.02},
     "M2N2": {},
     "GA": {"alpha": 0.0, "use_attraction": False},
     "GA on log-likelihood": {"use_attraction": False},
