@@ -699,6 +699,10 @@ def constants_of_the_file() -> dict[str, object]:
     return {name.upper(): checked(name.upper(), globals()[name.upper()]) for name in CONSTANTS}
 
 
+def flag_of(name: str) -> str:
+    return "--" + name.lower().replace("_", "-")
+
+
 def value_of(name: str, text: str) -> object:
     """A flag's text as the constant would hold it: 1e4, true and FALSE are what they mean."""
     if ACCEPTED[name][0] in (int, float, bool):
@@ -721,7 +725,7 @@ def parse_constants(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     for name in CONSTANTS:
         default = globals()[name.upper()]
         meaning = f"{comments.get(name.upper(), '')} [{accepted(name)}] (default: {default!r})".strip()
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name.upper(), help=meaning.replace("%", "%%"))
+        parser.add_argument(flag_of(name), dest=name.upper(), help=meaning.replace("%", "%%"))
     flags = vars(parser.parse_args(argv))
     try:
         flags = {name: checked(name, value_of(name.lower(), text)) for name, text in flags.items()}
@@ -764,8 +768,8 @@ def resume(constants: argparse.Namespace, flags: dict[str, object]) -> dict:
     given.pop("RUNS", None)  # it is one run
     for name, now in given.items():
         if now not in ("auto", was := before.get(name)):
-            flag = f"--{name.lower().replace('_', '-')}={was}"  # also where the file computes another value each time
-            raise UserError(f"{name} is {now!r}, but {was!r} in the run to RESUME. Give {flag}, or start afresh.")
+            remedy = f"Give {flag_of(name)}={was}, or start afresh."  # a flag: the file may compute the value anew
+            raise UserError(f"{name} is {now!r}, but {was!r} in the run to RESUME. {remedy}")
     vars(constants).update(before)
     return checkpoint
 

@@ -273,7 +273,7 @@ LIMITS = {  # of each number: what is just outside
     "IMAGE_SIZE": ["0", "29", "-7"],
     "HIDDEN_DIM": ["0", "-1", "10**9"],
     "ARCHIVE_SIZE": ["1", "0", "-1", "10**9"],
-    "EVAL_BATCH_SIZE": ["-1"],
+    "EVAL_BATCH_SIZE": ["-1", "10**30"],
     "TEMPERATURE": ["0", "-1.0", "1e-9", "1e9"],
     "ALPHA": ["-0.1", "3.1", "10**400"],
     "INIT_STD": ["0", "-0.1", "1e31"],

@@ -230,6 +230,12 @@ def test_download(server: Server, tmp_path: Path, mode: str) -> None:
     assert not server.requests
 
 
+def test_no_time_out_without_a_download(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the whole process's."""
+    monkeypatch.setattr(script.socket, "setdefaulttimeout", pytest.fail)
+    load(data_dir)
+
+
 @pytest.mark.parametrize("mode", ["503", "corrupt", "cut", "silent"])
 def test_download_that_fails_and_is_tried_again(
     server: Server, tmp_path: Path, mode: str, main, monkeypatch: pytest.MonkeyPatch

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peers import OURS, SETTINGS, Evaluator, LogLikelihoodGA, run
+from peers import OURS, SETTINGS, Evaluator, LogLikelihoodGA, run, train_by_adam
 from torch import Tensor
 
 from m2n2_mnist import M2N2, MLP
@@ -55,6 +55,16 @@ def test_log_likelihood_decides_who_stays() -> None:
         m2n2._update_archive()
         changed = [row for row in range(3) if not torch.equal(m2n2.scores[row], before[row])]
         assert changed == [gone] * (gone < 3)  # the second has the highest sum of scores, but not of their logarithms
+
+
+def test_adam_starts_from_its_seed() -> None:
+    """Whatever model it is given, and whatever was drawn before."""
+    found = []
+    for model in (MLP(10, 16), MLP(10, 16)):
+        m2n2 = M2N2(model, *clouds(40, 0), *clouds(40, 1))
+        torch.manual_seed(5)
+        found.append(train_by_adam(m2n2, epochs=1))
+    assert torch.equal(*found)
 
 
 def test_the_objectives_are_those_of_the_training_examples() -> None:
