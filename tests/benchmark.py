@@ -21,19 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from settings import PAPER, digits, mnist, script
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import m2n2_mnist as script
-from m2n2_mnist import M2N2, MLP
+from m2n2_mnist import M2N2, MLP, captured_step
 
-PAPER = {
-    "archive_size": 20,
-    "score": "correct",
-    "mutation_std": 0.01,
-    "final_mutation_std": 0.01,
-    "use_mirroring": False,
-}
 DIGITS = {"examples": 1_437, "image_size": 8, "hidden_dim": 256}  # the paper's data and model
 # The authors' functions as they are; only the data and the sizes, which they take from their modules, are put in. The
 # data is on JAX's device: as the NumPy arrays of theirs it would be converted anew for each child.
@@ -87,7 +79,6 @@ def evolve(m2n2: M2N2, children: int) -> None:
 
 def measure(
     device: torch.device,
-    dtype: torch.dtype,
     rounds: int,
     examples: int = 60_000,
     image_size: int = script.IMAGE_SIZE,
@@ -99,42 +90,42 @@ def measure(
     A forward pass is the model's alone, whole or in M2N2's batches, whichever is faster.
     """
     torch.manual_seed(0)
-    images = torch.randn(examples, 1, image_size, image_size).to(device, dtype)
+    images = torch.randn(examples, 1, image_size, image_size).to(device)
     labels = torch.randint(10, (examples,), device=device)
     model = MLP(image_size**2, hidden_dim)
     m2n2 = M2N2(model, images, labels, images[:100], labels[:100], **settings)
-    model.to(device, dtype)
+    model.to(device)
 
     @torch.inference_mode()
     def forward(batch_size: int) -> None:
         for batch in images.split(batch_size):
             model(batch)
 
-    evolve(m2n2, 5 * m2n2.archive_size)  # no empty slots; on CUDA a graph from here on
+    evolve(m2n2, 5 * m2n2.archive_size)  # no empty slots
     calls = 100 if device.type == "cuda" else 1  # a launch alone is too short to be timed
-    children = max(10, round(250 / milliseconds(m2n2._next_child, calls)))  # a piece of a quarter of a second
+    step = captured_step(m2n2) if device.type == "cuda" else m2n2._step
+    children = max(10, round(250 / milliseconds(step, calls)))  # a piece of a quarter of a second
     piece = partial(evolve, m2n2, children)
     passes = [partial(forward, size) for size in {examples, min(examples, m2n2.eval_batch_size)}]
     if device.type == "cuda":
         passes = [captured(function) for function in passes]
-    singles = [m2n2._next_child, *passes]
+    singles = [step, *passes]
     times = [[milliseconds(piece) / children, *(milliseconds(f, calls) for f in singles)] for _ in range(rounds)]
     (_, step, *fastest), (child, _, *medians) = np.min(times, axis=0), np.median(times, axis=0)
     return [step, min(fastest), child, min(medians)]
 
 
-def table(precision: str, rounds: int | None, everything: bool) -> None:
+def table(rounds: int | None, everything: bool) -> None:
     """A row for each setting of interest; `everything` adds how the time scales."""
-    constants, _ = script.parse_constants([])
-    device, dtype = script.launch(constants).device, script.DTYPES[precision]
+    device = script.launch(script.ACCELERATOR).device
     rounds = rounds or (10 if device.type == "cuda" else 40)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{device.type} ({name}), {precision}, torch {torch.__version__}; ms, {rounds} rounds")
+    print(f"{device.type} ({name}), float32, torch {torch.__version__}; ms, {rounds} rounds")
     print(f"{'':38}{'fastest':>16}{'':10}{'sustained (medians)':>24}")
     print(f"{'':38}    step  forward  ratio     child  forward  ratio  children/s")
 
     def row(title: str, **shape: object) -> None:
-        step, fastest, child, median = measure(device, dtype, rounds, **shape)
+        step, fastest, child, median = measure(device, rounds, **shape)
         single = f"{step:8.3f}{fastest:9.3f}{step / fastest:7.2f}"
         print(f"{title:38}{single}{child:10.3f}{median:9.3f}{child / median:7.2f}{1e3 / child:12.0f}", flush=True)
 
@@ -198,23 +189,6 @@ def our_loop(tensors: list[Tensor], hidden_dim: int, children: int) -> float:
         return time.perf_counter() - start
 
 
-def digits() -> list[Tensor]:
-    """scikit-learn's 8x8 digits, split as the authors do: training images and labels, test images and labels."""
-    from sklearn.datasets import load_digits  # of no use to the table
-
-    images, labels = map(torch.tensor, load_digits(return_X_y=True))
-    cut = DIGITS["examples"]
-    return [images[:cut].float(), labels[:cut], images[cut:].float(), labels[cut:]]
-
-
-def small_mnist(data_dir: str) -> list[Tensor]:
-    """MNIST, area-averaged to 14x14, in the same order."""
-    data = script.MNISTDataModule(data_dir, 14)
-    data.prepare_data()
-    data.setup()
-    return [data.train_images.flatten(1), data.train_labels, data.test_images.flatten(1), data.test_labels]
-
-
 def compare(folder: Path, python: str, data_dir: str, rounds: int, children: int | None) -> None:
     """Children a second of both, in rounds of a whole loop each, on the CPU in float32."""
     versions = f"torch {torch.__version__} ({torch.get_num_threads()} threads), jax {jax_version(folder, python)}"
@@ -223,12 +197,13 @@ def compare(folder: Path, python: str, data_dir: str, rounds: int, children: int
     tests = f"ours the best every {script.TEST_EVERY:,} and at the end"
     print(f"The published loop also tests a model after each child, {tests}.")
     print(f"{'children/s, median (min to max)':40}{'theirs':>22}{'ours':>22}  ratio")
+    whole = partial(mnist, data_dir, deskew=False, crop_size=28, image_size=14)
     settings = (
         ("1,437 of 8x8 (load_digits), 256 hidden", digits, DIGITS["hidden_dim"], 2_000),
-        ("60,000 of 14x14 (MNIST), 32 hidden", partial(small_mnist, data_dir), 32, 500),
+        ("60,000 of 14x14 (MNIST), 32 hidden", whole, 32, 500),
     )
     for title, load, hidden_dim, default in settings:
-        tensors, count = load(), children or default
+        tensors, count = [x.flatten(1) if x.dim() > 2 else x for x in load()], children or default
         params = len(script.get_params(MLP(tensors[0].shape[1], hidden_dim)))
         with published_loop(folder, python, tensors, hidden_dim, params) as theirs:
             loops = [theirs, partial(our_loop, tensors, hidden_dim)]
@@ -243,7 +218,6 @@ def compare(folder: Path, python: str, data_dir: str, rounds: int, children: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="also by number of examples, K and hidden units")
-    parser.add_argument("--precision", choices=script.DTYPES, default=script.PRECISION, help="of the table")
     parser.add_argument("--rounds", type=int, help="default: 40, on CUDA 10, with --authors 5")
     parser.add_argument("--authors", type=Path, help="folder of SakanaAI/natural_niches, to compare with instead")
     parser.add_argument("--authors-python", default=sys.executable, help="a Python that has JAX (default: this one)")
@@ -251,7 +225,7 @@ def main() -> None:
     parser.add_argument("--data-dir", default=script.DATA_DIR, help="of MNIST for --authors")
     arguments = parser.parse_args()
     if arguments.authors is None:
-        return table(arguments.precision, arguments.rounds, arguments.all)
+        return table(arguments.rounds, arguments.all)
     try:
         python, data_dir = arguments.authors_python, arguments.data_dir
         compare(arguments.authors, python, data_dir, arguments.rounds or 5, arguments.children)

@@ -1,9 +1,12 @@
-"""Small MNIST-like data, the real one where it is unpacked, and the script as a user runs it."""
+"""Small MNIST-like data, the real one where it is unpacked, the script as a user runs it, and what a run left."""
 
+import csv
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -21,16 +24,20 @@ from m2n2_mnist import M2N2, MLP  # noqa: E402
 
 torch.set_num_threads(1)  # the small tensors here gain nothing from more
 
+RUN = Path("runs/m2n2_mnist/version_0")
+SECOND = RUN.with_name("version_1")
 
+
+# --- Data ---
 def idx(array: np.ndarray) -> bytes:
     """The array as an IDX file: magic number, big-endian sizes, bytes."""
     header = (0x0800 + array.ndim).to_bytes(4, "big")
     return header + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
 
 
-def write_mnist(folder: Path, train: int = 300, test: int = 60, seed: int = 0) -> Path:
+def write_mnist(folder: Path, train: int = 300, test: int = 60, seed: int = 0, dataset: str = "MNIST") -> Path:
     """Learnable stand-ins for the four files: digit d is a bright bar in row 2 d + 4, and noise."""
-    random, raw = np.random.default_rng(seed), folder / "MNIST" / "raw"
+    random, raw = np.random.default_rng(seed), folder / dataset / "raw"
     raw.mkdir(parents=True)
     for split, examples in (("train", train), ("t10k", test)):
         labels = (np.arange(examples) % 10).astype(np.uint8)
@@ -56,6 +63,34 @@ def real_mnist() -> Path:
     return folder.absolute()
 
 
+def make_m2n2(
+    examples: int = 40,
+    inputs: int = 6,
+    hidden: int = 5,
+    classes: int = 10,
+    dtype: torch.dtype = torch.float32,
+    **settings: object,
+) -> M2N2:
+    """An M2N2 on small random data that is learnable."""
+    random = torch.Generator().manual_seed(0)
+    images = torch.randn(examples, inputs, generator=random)
+    labels = (images @ torch.randn(inputs, classes, generator=random)).argmax(dim=1)
+    settings = {"archive_size": 4, "init_std": 0.5, "mutation_std": 0.1, "prior_std": 0.0, "seed": 1} | settings
+    images = images.to(dtype)
+    return M2N2(MLP(inputs, hidden, classes), images, labels, images, labels, **settings)
+
+
+def child_of(m2n2: M2N2) -> tuple[torch.Tensor, torch.Tensor]:
+    """The child's parameters and its scores, views of the state."""
+    return m2n2._rows[-1].split([m2n2.archive.shape[1], m2n2.scores.shape[1]])
+
+
+def all_scores(m2n2: M2N2) -> torch.Tensor:
+    """Those of the archive and, in the last row, of the child: a view of the state."""
+    return m2n2._rows[:, m2n2.archive.shape[1] :]
+
+
+# --- The script as a user runs it ---
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -69,7 +104,7 @@ def no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def small(**settings: object) -> list[str]:
     """Command-line flags of a run of seconds on `write_mnist`'s data."""
-    defaults = {"iterations": 60, "test_every": 20, "checkpoint_every": 10, "image_size": 7}
+    defaults = {"iterations": 60, "test_every": 20, "image_size": 7, "crop_size": 28, "deskew": False}
     defaults |= {"hidden_dim": 8, "archive_size": 5, "accelerator": "cpu"}
     return [f"--{k.replace('_', '-')}={v}" for k, v in (defaults | settings).items()]
 
@@ -88,15 +123,13 @@ def run_script(*flags: str, **options: object) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Iterator[Callable]:
+def main(capsys: pytest.CaptureFixture) -> Iterator[Callable]:
     """The script's `main`, or that of an edited copy, in this process: returns exit code, standard output and error."""
 
     def call(*flags: str, module: ModuleType = script) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["m2n2_mnist.py", *flags])
         capsys.readouterr()  # what a call before left, which ended otherwise
-        code = 0
         try:
-            module.main()
+            code = module.main(flags)
         except SystemExit as stop:
             code = stop.code
             if isinstance(code, str):  # sys.exit prints it and makes it a 1
@@ -104,25 +137,70 @@ def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Iter
                 code = 1
         return (code, *capsys.readouterr())
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background process has not
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background process has not
     yield call
-    for number, handler in handlers.items():  # or Ctrl-C would no longer end the tests themselves
-        signal.signal(number, handler)
+    signal.signal(signal.SIGINT, handler)
 
 
-def make_m2n2(
-    examples: int = 40,
-    inputs: int = 6,
-    hidden: int = 5,
-    classes: int = 10,
-    dtype: torch.dtype = torch.float32,
-    **settings: object,
-) -> M2N2:
-    """An M2N2 on small random data that is learnable."""
-    random = torch.Generator().manual_seed(0)
-    images = torch.randn(examples, inputs, generator=random)
-    labels = (images @ torch.randn(inputs, classes, generator=random)).argmax(dim=1)
-    settings = {"archive_size": 4, "init_std": 0.5, "mutation_std": 0.1, "seed": 1} | settings
-    images = images.to(dtype)
-    return M2N2(MLP(inputs, hidden, classes), images, labels, images, labels, **settings)
+# --- What a run left ---
+def rows(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def checkpoint(folder: Path) -> dict:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def same_end(one: Path, two: Path) -> None:
+    """Bit for bit the same archive, random state, metrics and best model."""
+    first, second = checkpoint(one)["m2n2"], checkpoint(two)["m2n2"]
+    assert torch.equal(first["archive"], second["archive"])
+    assert torch.equal(first["generator"], second["generator"])
+    assert first["history"] == second["history"] and first["iteration"] == second["iteration"]
+    assert (one / "metrics.csv").read_bytes() == (two / "metrics.csv").read_bytes()
+    models = [torch.load(folder / "best_model.pt", weights_only=True) for folder in (one, two)]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+# --- Moments of a run ---
+def at_iteration(monkeypatch: pytest.MonkeyPatch, iteration: int, act: Callable[[], None], run: int = 1) -> None:
+    """`act` after that child of the `run`-th run from now on, before what the script does after each child."""
+    evolve, runs = M2N2.evolve, []
+
+    def watched(m2n2: M2N2, iterations: int, test_every: int, after_child: Callable) -> None:
+        runs.append(m2n2)
+
+        def after(m2n2: M2N2) -> bool:
+            if m2n2.iteration == iteration and len(runs) == run:
+                act()
+            return after_child(m2n2)
+
+        evolve(m2n2, iterations, test_every, after)
+
+    monkeypatch.setattr(script.M2N2, "evolve", watched)
+
+
+def at_call(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int, act: Callable[[], None]) -> None:
+    """`act` at the `call`-th call of a function of the script, and nowhere else."""
+    function, calls = getattr(owner, name), []
+
+    def watched(*arguments: object, **named: object) -> object:
+        calls.append(name)
+        if len(calls) == call:
+            act()
+        return function(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, watched)
+
+
+def ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def wait_for_iteration(process: subprocess.Popen, iteration: int, folder: Path = RUN) -> None:
+    """Until the checkpoint of at least that iteration is there."""
+    path, end = folder / "checkpoint.pt", time.monotonic() + 120
+    while not path.exists() or checkpoint(folder)["m2n2"]["iteration"] < iteration:
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        threading.Event().wait(0.01)

@@ -5,13 +5,14 @@
 
 Each gets as many forward passes over the training images as M2N2 and starts from N(0, 0.01^2). What counts is the
 centre of the last distribution or the best model ever evaluated, whichever has the higher training accuracy. Adam is
-no peer but the reference: the same MLP by gradient descent.
+no peer but the reference: the same MLP by gradient descent. Every 1,000 passes a row goes to the run's file
+runs/peers/METHOD-SEED.csv, and `--plot peers.png` draws all of them.
 """
 
 import argparse
 import ast
+import csv
 import logging
-import sys
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -19,40 +20,42 @@ from functools import cache
 from itertools import count, islice
 from pathlib import Path
 
+import numpy as np
 import torch
-from pytorch_lightning import Trainer
+from pytorch_lightning import LightningModule, Trainer
+from settings import GA, PAPER, mnist, script
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import m2n2_mnist as script
 from m2n2_mnist import M2N2, MLP, get_params, slerp
 
-# Chosen on the last 10,000 training images; the README says how many were tried.
+# Chosen on the last 10,000 training images; RESULTS.md says how many were tried.
 SETTINGS = {
-    "PGPE": {"popsize": 50, "center_learning_rate": 0.01, "stdev_learning_rate": 0.1, "stdev_init": 0.02},
+    "PGPE": {"popsize": 50, "center_learning_rate": 0.01, "stdev_learning_rate": 0.1, "stdev_init": 0.03},
     "SNES": {"popsize": 50, "stdev_init": 0.05},
     "separable CMA-ES": {"popsize": 32, "stdev_init": 0.02},
     "MAP-Elites": {"mutation_std": 0.02},
     "M2N2": {},
-    "GA": {"alpha": 0.0, "use_attraction": False},
+    "M2N2, the paper's setting": PAPER,
+    "GA": GA,
     "GA on log-likelihood": {"use_attraction": False},
     "Adam": {"epochs": 40},
 }
-MILESTONES = (90, 95, 96)  # % of test accuracy
+MILESTONES = (90, 95, 97, 98)  # % of test accuracy
+ROW_EVERY = 1_000  # passes between two rows of a run's CSV
 
 
 class LogLikelihoodGA(M2N2):
     """The GA with another fitness, exp(mean_j log s_ij), the geometric mean of the scores: nothing is shared.
 
-    To first order M2N2 selects by the same with alpha = 1 (README, Core Concepts), and so does the cross-entropy.
+    To first order M2N2 selects by the same with alpha = 1, and so does the cross-entropy.
     """
 
     def _update_fitness(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         return scores.double().clamp(min=1e-12).log().mean(dim=1).exp(), torch.ones_like(scores[0])
 
 
-OURS = {"M2N2": M2N2, "GA": M2N2, "GA on log-likelihood": LogLikelihoodGA}
+OURS = {"M2N2": M2N2, "M2N2, the paper's setting": M2N2, "GA": M2N2, "GA on log-likelihood": LogLikelihoodGA}
 
 
 class Evaluator:
@@ -124,7 +127,7 @@ def search(
         searcher = CMAES(problem, center_init=start, separable=True, **settings)
     while evaluator.passes + settings["popsize"] <= children:
         searcher.step()
-        if evaluator.passes % 1_000 < settings["popsize"]:
+        if evaluator.passes % ROW_EVERY < settings["popsize"]:
             after(searcher.status["center"].as_subclass(Tensor))
     found = [x.as_subclass(Tensor) for x in (searcher.status["center"], searcher.status["best"].values)]
     return max(found, key=evaluator.accuracy)
@@ -139,7 +142,13 @@ def merge(a: Tensor, b: Tensor, mutation_std: float, generator: torch.Generator)
 
 
 def map_elites(
-    evaluator: Evaluator, params: int, children: int, seed: int, mutation_std: float, start: Sequence[Tensor] = ()
+    evaluator: Evaluator,
+    params: int,
+    children: int,
+    seed: int,
+    mutation_std: float,
+    start: Sequence[Tensor] = (),
+    after: Callable[[Tensor], None] = lambda params: None,
 ) -> Tensor:
     """Best parameters that MAP-Elites finds, with the authors' cells, accuracy on odd and on even digits, 10 x 10.
 
@@ -177,8 +186,26 @@ def map_elites(
     searcher = MAPElites(problem, operators=[Merge(problem)], feature_grid=tenths, re_evaluate=False)
     population = searcher.population
     population.set_values(torch.arange(len(population))[:, None] % len(models))
-    searcher.run(1 + children // len(population))
+    for generation in range(1 + children // len(population)):
+        searcher.step()
+        if generation % (ROW_EVERY // len(population)) == 0 and generation:
+            after(models[int(population.values[population.evals[:, 0].argmax()])])
     return models[int(population.values[population.evals[:, 0].argmax()])]
+
+
+class ByGradient(LightningModule):
+    """A classifier as Lightning trains it, by Adam on the cross-entropy."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        return torch.nn.functional.cross_entropy(self.model(images), labels)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters())
 
 
 def train_by_adam(m2n2: M2N2, epochs: int) -> Tensor:
@@ -188,42 +215,70 @@ def train_by_adam(m2n2: M2N2, epochs: int) -> Tensor:
         layer.reset_parameters()
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     examples = DataLoader(TensorDataset(m2n2.train_images, m2n2.train_labels), 128, shuffle=True)
-    Trainer(accelerator="cpu", max_epochs=epochs, barebones=True).fit(model, examples)
+    Trainer(accelerator="cpu", max_epochs=epochs, barebones=True).fit(ByGradient(model), examples)
     return get_params(model)
 
 
 def run(method: str, m2n2: M2N2, seed: int, children: int, by_loss: bool = True, **settings: object) -> dict:
-    """Test accuracy and training accuracy in %, seconds, and seconds to each of MILESTONES."""
+    """Test and training accuracy in %, seconds, seconds to each of MILESTONES, and rows on the way."""
     if method not in (*OURS, "Adam"):
         import evotorch  # noqa: F401  which takes a second that is not the method's
     torch.manual_seed(seed)
-    evaluator, started, reached = Evaluator(m2n2), time.perf_counter(), {}
+    evaluator, params, rows = Evaluator(m2n2), m2n2.archive.shape[1], []
+    started = time.perf_counter()
 
     def after(params: Tensor) -> None:
-        accuracy = evaluator.test_accuracy(params)
-        for milestone in MILESTONES:
-            if accuracy >= milestone:
-                reached.setdefault(milestone, time.perf_counter() - started)
+        passes = m2n2.iteration or evaluator.passes
+        rows.append({"passes": passes, "seconds": time.perf_counter() - started})
+        rows[-1]["test_acc"] = evaluator.test_accuracy(params)
 
-    params = m2n2.archive.shape[1]
     if method in OURS:
-        m2n2.evolve(
-            children, 1_000, lambda m: m.iteration % 1_000 == 0 and after(m.archive[m.class_hits().sum(1).argmax()])
-        )
-        best = m2n2.archive[m2n2.class_hits().sum(dim=1).argmax()]
+        m2n2.evolve(children, ROW_EVERY, lambda m: m.iteration % ROW_EVERY == 0 and after(m.best_params()))
+        best = m2n2.best_params()
     elif method == "Adam":
         best = train_by_adam(m2n2, **settings)
     elif method == "MAP-Elites":
-        best = map_elites(evaluator, params, children, seed, **settings)
+        best = map_elites(evaluator, params, children, seed, after=after, **settings)
     else:
         best = search(method, evaluator, 0.01 * torch.randn(params), children, seed, by_loss, after, **settings)
     seconds = time.perf_counter() - started
+    reached = {goal: [row["seconds"] for row in rows if row["test_acc"] >= goal] for goal in MILESTONES}
     return {
         "test": evaluator.test_accuracy(best),
         "train": 100 * evaluator.accuracy(best),
         "seconds": seconds,
-        "milestones": reached,
+        "milestones": {goal: times[0] for goal, times in reached.items() if times},
+        "rows": rows,
     }
+
+
+def plot(folder: Path, path: str) -> object:
+    """Test accuracy against forward passes: of each method the mean over its seeds, and the SD as a band; its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8c8c8c")  # Okabe & Ito
+    styles = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)))
+    order = sorted(SETTINGS, key=lambda method: method != "M2N2")
+    found = {method: sorted(folder.glob(f"{method}-[0-9]*.csv")) for method in order}
+    for (method, paths), colour, style in zip(((m, p) for m, p in found.items() if p), colours, styles, strict=False):
+        runs = [np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2) for path in paths]
+        rows = min(map(len, runs))
+        passes, accuracy = runs[0][:rows, 0], np.stack([run[:rows, 2] for run in runs])
+        mean, std = accuracy.mean(axis=0), accuracy.std(axis=0, ddof=min(1, len(runs) - 1))
+        label = f"{method}, {mean[-1]:.2f} % (n = {len(runs)})"
+        axes.plot(passes / 1_000, mean, color=colour, linestyle=style, label=label, linewidth=2)
+        axes.fill_between(passes / 1_000, mean - std, mean + std, color=colour, alpha=0.25, linewidth=0)
+    axes.set(xlabel="forward passes over the 60,000 training images (thousands)", ylabel="test accuracy (%)")
+    spread = (lambda y: -np.log10(100.5 - y), lambda x: 100.5 - 10**-x)  # by the error, or the end could not be seen
+    axes.set_yscale("function", functions=spread)
+    axes.set(ylim=(50, 99), yticks=(50, 70, 80, 90, 93, 95, 96, 97, 98, 99))
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize="small")
+    figure.savefig(path, dpi=160)
+    return axes
 
 
 def main() -> None:
@@ -232,25 +287,33 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[42])
     parser.add_argument("--children", type=int, default=50_000)
     parser.add_argument("--data-dir", default=script.DATA_DIR)
+    parser.add_argument("--output-dir", type=Path, default=Path(script.OUTPUT_DIR, "peers"), help="folder of the CSVs")
+    parser.add_argument("--plot", metavar="PNG", help="draw the CSVs that are there, and run nothing")
     parser.add_argument("--validation", type=int, default=0, help="train on the first so many, test on the last 10,000")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings instead of SETTINGS'")
     arguments = parser.parse_args()
-    data = script.MNISTDataModule(arguments.data_dir)
-    data.prepare_data()
-    data.setup()
-    tensors = data.train_images, data.train_labels, data.test_images, data.test_labels
+    if arguments.plot:
+        plot(arguments.output_dir, arguments.plot)
+        return
+    tensors = mnist(arguments.data_dir)
     if part := arguments.validation:
         tensors = tensors[0][:part], tensors[1][:part], tensors[0][-10_000:], tensors[1][-10_000:]
     changed = {
-        name: script.value_of(name, text) if name in script.ACCEPTED else ast.literal_eval(text)
+        name: script.checked(name, text) if name in script.ACCEPTED else ast.literal_eval(text)
         for name, text in (pair.split("=") for pair in arguments.set)
     }
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
     for method in arguments.methods:
         for seed in arguments.seeds:
             settings = SETTINGS[method] | changed
             own = settings if method in OURS else {}
-            m2n2 = OURS.get(method, M2N2)(MLP(script.IMAGE_SIZE**2), *tensors, seed=seed, **own)
+            m2n2 = OURS.get(method, M2N2)(MLP(tensors[0][0].numel()), *tensors, seed=seed, **own)
             row = run(method, m2n2, seed, arguments.children, **({} if own else settings))
+            if row["rows"] and not arguments.validation:
+                with open(arguments.output_dir / f"{method}-{seed}.csv", "w", newline="") as file:
+                    writer = csv.DictWriter(file, row["rows"][0])
+                    writer.writeheader()
+                    writer.writerows(row["rows"])
             times = ", ".join(f"{name} % in {value:.0f} s" for name, value in row["milestones"].items())
             figures = f"test {row['test']:.2f}, train {row['train']:.2f}, {row['seconds']:.0f} s ({times})"
             for last in m2n2.history[-1:]:

@@ -14,7 +14,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_m2n2
+from conftest import ROOT, child_of, make_m2n2
 
 from m2n2_mnist import M2N2, slerp
 
@@ -59,8 +59,9 @@ def both_archives(authors: SimpleNamespace, m2n2: M2N2, child: float, scores: to
     state = jax.numpy.asarray(m2n2.archive.numpy()), jax.numpy.asarray(m2n2.scores.numpy())
     params = jax.numpy.full(m2n2.archive.shape[1], child)
     theirs = authors.niches.update_archive(jax.numpy.asarray(scores.numpy()), params, *state, m2n2.alpha)
-    m2n2._child.fill_(child)
-    m2n2._child_scores.copy_(scores)
+    own_child, own_scores = child_of(m2n2)
+    own_child.fill_(child)
+    own_scores.copy_(scores)
     m2n2._update_archive()
     return *map(np.asarray, theirs), m2n2.archive.numpy(), m2n2.scores.numpy()
 

@@ -1,26 +1,47 @@
-"""The data module: real files in torchvision's layout, damaged ones, and a real download."""
+"""The data module: its tensors, deskewing, the data sets of MNIST's family, and files that cannot be had or read."""
 
+import contextlib
 import gzip
 import hashlib
-import http.server
 import os
-import subprocess
-import threading
-import time
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import idx, small, write_mnist
-from pytorch_lightning import Trainer
+from conftest import RUN, at_call, idx, small, write_mnist
+from pytorch_lightning import LightningModule, Trainer
+from torch import nn
+from torchvision import datasets
 from torchvision.datasets import MNIST
 
-import m2n2_mnist as script
-from m2n2_mnist import MLP, MNISTDataModule, UserError
+from m2n2_mnist import MLP, MNISTDataModule, UserError, deskew
 
-NAMES = list(script.IDX_FILES)
+RAW = Path("MNIST", "raw")
+NAMES = [f"{split}-{kind}" for split in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    for dataset in ("MNIST", "FashionMNIST", "KMNIST"):
+        monkeypatch.setattr(getattr(datasets, dataset), "mirrors", ["http://127.0.0.1:9/"])  # refused at once
+
+
+@contextlib.contextmanager
+def as_nobody(tmp_path: Path) -> Iterator[None]:
+    """Root may read and write everything."""
+    root = os.geteuid() == 0
+    if root:
+        for folder in (tmp_path, *tmp_path.parents[:2]):
+            folder.chmod(0o755)
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
 
 
 def load(folder: Path, **settings: object) -> MNISTDataModule:
@@ -30,268 +51,279 @@ def load(folder: Path, **settings: object) -> MNISTDataModule:
     return data
 
 
-@pytest.mark.parametrize("size", [1, 7, 10, 14, 28])
-def test_tensors(data_dir: Path, size: int) -> None:
-    darker = MNIST(data_dir, train=False).data.numpy() // 2  # so that its mean and deviation are its own
-    (data_dir / "MNIST" / "raw" / "t10k-images-idx3-ubyte").write_bytes(idx(darker))
-    data = load(data_dir, image_size=size)
-    assert data.train_images.shape == (300, 1, size, size) and data.test_images.dtype == torch.float
-    assert data.test_images.shape == (60, 1, size, size) and data.train_labels.dtype == torch.long
-    assert data.train_labels.tolist() == [i % 10 for i in range(300)]
-    assert data.train_images.mean(dim=0).abs().max() < 1e-5  # the mean image is gone
-    if 28 % size == 0:  # the area average, worked out in blocks
-        shape = (-1, 1, size, 28 // size, size, 28 // size)
-        train, test = (
-            MNIST(data_dir, train=train).data.numpy().reshape(shape).mean(axis=(3, 5)) / 255 for train in (True, False)
-        )
-        expected = (test - train.mean(axis=0)) / train.std(ddof=1)
-        np.testing.assert_allclose(data.test_images, expected, atol=1e-3)
+def refused(folder: Path) -> str:
+    """What is said: one message with the folder and both remedies."""
+    with pytest.raises(UserError) as caught:
+        load(folder)
+    assert explains(str(caught.value), folder)
+    return str(caught.value)
 
 
-def test_nothing_is_fetched_where_the_files_are(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MNIST, "download", lambda self: pytest.fail("it tried to download"))
-    load(data_dir)
+def explains(error: str, folder: Path) -> bool:
+    remedies = (f"Delete {folder / RAW} and run again", "put the four files there", "DATA_DIR")
+    return "MNIST could not be downloaded or read: " in error and all(remedy in error for remedy in remedies)
 
 
-def test_in_a_lightning_trainer(tmp_path: Path) -> None:
-    data = MNISTDataModule(write_mnist(tmp_path / "data", 1_000), image_size=14, batch_size=20)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    model = MLP(14 * 14, 16)
-    Trainer(max_epochs=3, accelerator="cpu", enable_model_summary=False, **quiet).fit(model, data)
-    batches = [(model(images).argmax(dim=1) == labels) for images, labels in data.test_dataloader()]
-    assert torch.cat(batches).float().mean() > 0.9 and len(batches) == 3
+# --- What the tensors should be, in NumPy ---
+def windows(images: np.ndarray, crop: int, size: int) -> np.ndarray:
+    """The mean of each window of the central square: blocks, or where those do not fit the pixels they touch."""
+    edge = (28 - crop) // 2
+    images, means = images[:, edge : edge + crop, edge : edge + crop] / 255, np.empty((len(images), size, size))
+    bounds = [(i * crop // size, -(-(i + 1) * crop // size)) for i in range(size)]
+    for row, (top, bottom) in enumerate(bounds):
+        for column, (left, right) in enumerate(bounds):
+            means[:, row, column] = images[:, top:bottom, left:right].mean(axis=(1, 2))
+    return means[:, None]
 
 
-def damage(raw: Path, name: str, how: str) -> None:
-    path = raw / name
-    content = path.read_bytes()
-    path.write_bytes(
-        {
-            "empty": b"",
-            "truncated": content[:-100],
-            "cut in its header": content[:6],
-            "longer": content + b"\0",
-            "HTML": b"<!DOCTYPE html><html><body>503 Service Unavailable</body></html>",
-            "magic": b"\1" + content[1:],
-            "type": content[:2] + b"\x0d" + content[3:],
-            "compressed": gzip.compress(content),
-        }[how]
-    )
+def upright(image: np.ndarray) -> np.ndarray:
+    """LeCun's deskewing in loops: row y is read k (y - centre) further right, bilinearly between two pixels."""
+    side, total = len(image), image.sum()
+    ys, xs = np.mgrid[:side, :side]
+    centre_y, centre_x = ((image * axis).sum() / total for axis in (ys, xs))
+    k = (image * (xs - centre_x) * (ys - centre_y)).sum() / (image * (ys - centre_y) ** 2).sum()
+    out = np.zeros_like(image)
+    for y in range(side):
+        for x in range(side):
+            source = x + np.clip(k, -1, 1) * (y - centre_y)
+            left = int(np.floor(source))
+            for pixel, weight in ((left, left + 1 - source), (left + 1, source - left)):
+                if 0 <= pixel < side:
+                    out[y, x] += weight * image[y, pixel]
+    return out
 
 
-HOWS = ["empty", "truncated", "cut in its header", "longer", "HTML", "magic", "type", "compressed"]
+def bar(slope: float, side: int = 28) -> torch.Tensor:
+    """A bar 3 pixels wide through the middle that leans by `slope` pixels a row."""
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    middle = (side - 1) / 2
+    inside = ((columns - middle - slope * (rows - middle)).abs() <= 1.5) & ((rows - middle).abs() < 9)
+    return inside.float()[None, None]
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("how", HOWS)
-def test_damaged_file(data_dir: Path, name: str, how: str) -> None:
-    damage(data_dir / "MNIST" / "raw", name, how)
-    with pytest.raises(UserError, match=rf"{name} is not a whole MNIST file(.|\n)*Delete it"):
-        load(data_dir)
+def lean(image: torch.Tensor) -> float:
+    """The k of the docstring."""
+    rows, columns = torch.meshgrid(*[torch.arange(float(side)) for side in image.shape[-2:]], indexing="ij")
+    dx, dy = ((axis - (image * axis).sum() / image.sum()) for axis in (columns, rows))
+    return ((image * dx * dy).sum() / (image * dy * dy).sum()).item()
 
 
-@pytest.mark.parametrize("split", ["train", "t10k"])
-def test_images_and_labels_of_different_lengths(data_dir: Path, split: str) -> None:
-    labels = np.zeros(31, dtype=np.uint8)
-    (data_dir / "MNIST" / "raw" / f"{split}-labels-idx1-ubyte").write_bytes(idx(labels))
-    with pytest.raises(UserError, match=rf"{split}-labels-idx1-ubyte is not a whole MNIST file"):
-        load(data_dir)
+# --- Tensors ---
+@pytest.mark.parametrize("deskewed", [False, True])
+@pytest.mark.parametrize("crop, size", [(28, 1), (28, 7), (28, 28), (20, 10), (20, 20), (20, 8), (2, 2)])
+def test_tensors(tmp_path: Path, crop: int, size: int, deskewed: bool) -> None:
+    """Images that lean, by up to 1.8, off their middle; test images have a mean and deviation of their own."""
+    ink = np.random.default_rng(0).random((40, 28, 28)) ** 2
+    leaning = ink * np.concatenate([bar(slope)[0] for slope in np.linspace(-1.8, 1.8, 40)])
+    folder, raw = write_mnist(tmp_path / "data", 40, 20), {"train": 200 * leaning, "t10k": 90 * leaning[::-2]}
+    for split, images in raw.items():
+        raw[split] = images.astype(np.uint8)
+        (folder / RAW / f"{split}-images-idx3-ubyte").write_bytes(idx(raw[split]))
+    data = load(folder, deskew=deskewed, crop_size=crop, image_size=size)
+    assert data.train_labels.tolist() == [i % 10 for i in range(40)] and data.train_labels.dtype == torch.long
+    if deskewed:
+        raw = {split: np.stack([upright(image / 1.0) for image in images]) for split, images in raw.items()}
+    train, test = (windows(images, crop, size) for images in raw.values())
+    for images, expected in ((data.train_images, train), (data.test_images, test)):
+        assert images.dtype == torch.float
+        np.testing.assert_allclose(images, (expected - train.mean(axis=0)) / train.std(ddof=1), atol=2e-3)
 
 
-def test_labels_above_nine_and_other_shapes(data_dir: Path) -> None:
-    raw = data_dir / "MNIST" / "raw"
-    (raw / NAMES[1]).write_bytes(idx(np.full(300, 10, dtype=np.uint8)))
-    with pytest.raises(UserError, match=NAMES[1]):
-        load(data_dir)
-    (raw / NAMES[0]).write_bytes(idx(np.zeros((300, 27, 28), dtype=np.uint8)))
-    with pytest.raises(UserError, match=NAMES[0]):
-        load(data_dir)
-
-
-def test_a_file_as_long_as_the_real_one_must_be_the_real_one(data_dir: Path) -> None:
-    raw = data_dir / "MNIST" / "raw"
-    (raw / "t10k-images-idx3-ubyte").write_bytes(idx(np.zeros((10_000, 28, 28), dtype=np.uint8)))
-    with pytest.raises(UserError, match=r"t10k-images-idx3-ubyte.*checksum"):
-        load(data_dir)
+def test_the_checksum_is_of_the_images_and_of_what_is_done_to_them(data_dir: Path) -> None:
+    """Not of where they are, nor of the size of a batch."""
+    same = load(data_dir).checksum, load(data_dir, batch_size=7).checksum
+    settings = ({"deskew": False}, {"crop_size": 28}, {"image_size": 7})
+    others = [load(data_dir, **setting).checksum for setting in settings]
+    assert same[0] == same[1] and len({same[0], *others}) == 4
 
 
 def test_real_mnist(real_mnist: Path) -> None:
-    data = load(real_mnist, image_size=28)
+    data = load(real_mnist, deskew=False, crop_size=28, image_size=28)
     assert data.train_images.shape == (60_000, 1, 28, 28) and len(data.test_images) == 10_000
     assert data.train_labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
     assert data.test_labels.bincount().tolist()[:3] == [980, 1135, 1032]
-    raw = MNIST(real_mnist).data.numpy() / np.float32(255)
-    expected = (raw - raw.mean(axis=0)).std() / raw.std()
-    assert data.train_images.std().item() == pytest.approx(expected, rel=1e-3)
 
 
-def test_unreadable(data_dir: Path, main) -> None:
-    path = data_dir / "MNIST" / "raw" / NAMES[0]
-    path.unlink()
-    path.mkdir()
-    code, _, error = main(*small(data_dir=data_dir))
-    assert code == 1 and str(path) in error and "Is a directory" in error
+def test_in_a_lightning_trainer(tmp_path: Path) -> None:
+    """Its loaders, for a module of the user's own."""
+
+    class Classifier(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = MLP(14 * 14, 16)
+
+        def training_step(self, batch: list[torch.Tensor], _: int) -> torch.Tensor:
+            return nn.functional.cross_entropy(self.mlp(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters(), 0.01)
+
+    data = MNISTDataModule(write_mnist(tmp_path / "data", 1_000), "MNIST", False, 28, 14, batch_size=20)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    model = Classifier()
+    Trainer(max_epochs=3, accelerator="cpu", enable_model_summary=False, **quiet).fit(model, data)
+    right = [(model.mlp(images).argmax(dim=1) == labels) for images, labels in data.test_dataloader()]
+    assert torch.cat(right).float().mean() > 0.9 and len(right) == 3
+    first, second = (next(iter(data.train_dataloader()))[1].tolist() for _ in range(2))
+    assert len(first) == 20 and first != second  # shuffled
 
 
-@pytest.fixture
-def not_root(tmp_path: Path) -> Iterator[None]:
-    """Root may read and write everything: become nobody for the test."""
-    root = os.geteuid() == 0
-    if root:
-        for folder in (tmp_path, *tmp_path.parents[:2]):
-            folder.chmod(0o755)
-        os.seteuid(65534)
-    yield
-    if root:
-        os.seteuid(0)
+# --- Deskewing ---
+def test_a_bar_becomes_upright() -> None:
+    for slope in (-0.9, -0.3, 0.5):
+        leaning = bar(slope)
+        result = deskew(leaning)
+        assert abs(lean(leaning) - slope) < 0.1 and abs(lean(result)) < 0.05
+        assert result.sum() == pytest.approx(leaning.sum().item(), rel=1e-3)  # no ink is lost
+        assert (result.sum(dim=2) > 1).sum() <= 5  # columns, of the 3 that it is wide
+    assert 0.6 < lean(deskew(bar(1.8))) < 1.1  # by 1 at most
 
 
-@pytest.mark.parametrize("closed", ["file", "folder", "output", "new"])
-def test_no_permission(data_dir: Path, main, not_root: None, closed: str) -> None:
-    user = os.geteuid()
-    os.seteuid(os.getuid())
-    raw = data_dir / "MNIST" / "raw"
-    main(*small(data_dir=data_dir))  # nobody may not be able to read what is imported late
-    if closed == "new":
-        data_dir = data_dir / "new"  # in a folder that only its owner may write
-    elif closed != "output":
-        (raw / NAMES[0] if closed == "file" else raw).chmod(0)
-    os.seteuid(user)
-    if user == os.getuid() and closed in ("output", "new"):
-        data_dir.parent.chmod(0o500)
-    code, _, error = main(*small(data_dir=data_dir, output_dir=data_dir / "runs"))
-    assert code == 1 and "Permission denied" in error and "Traceback" not in error
-    assert ("OUTPUT_DIR" if closed == "output" else "DATA_DIR") in error and str(data_dir) in error
+def test_what_deskewing_leaves_as_it_is() -> None:
+    """Without ink, upright, or of one row; one image does not change another."""
+    row = torch.zeros(1, 1, 28, 28)
+    row[..., 9, 4:20] = 1
+    images = torch.cat([torch.zeros(1, 1, 28, 28), bar(0), row, bar(0.5)])
+    torch.testing.assert_close(deskew(images)[:3], images[:3], atol=1e-4, rtol=0)
+    torch.testing.assert_close(deskew(images)[3:], deskew(images[3:]))
 
 
-# The download, from a server of our own in place of torchvision's mirrors.
+# --- Data sets ---
+@pytest.mark.usefixtures("no_figure")
+@pytest.mark.parametrize("dataset", ["FashionMNIST", "KMNIST"])
+def test_another_data_set(dataset: str, tmp_path: Path, main: Callable) -> None:
+    data_dir = write_mnist(tmp_path / "data", dataset=dataset)
+    code, out, error = main(*small(data_dir=data_dir, dataset=dataset.lower()))
+    assert code == 0 and f"300 + 60 images of {dataset};" in out, error
+    code, _, error = main(*small(data_dir=data_dir))  # MNIST's folder is another
+    assert code == 1 and "MNIST could not be downloaded" in error
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Serves the four files; `mode` says how, and may change while it runs."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files = {f"{n}.gz": gzip.compress((folder / n).read_bytes()) for n in NAMES}
-        self.mode, self.requests = "well", []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    def handle_error(self, *_: object) -> None:
-        pass  # clients that hang up are what is tested
+def test_other_images_in_the_place_of_mnists(data_dir: Path) -> None:
+    """Fashion-MNIST's, usually: as many as MNIST's, so as long, and with another checksum."""
+    images = np.full((10_000, 28, 28), 7, dtype=np.uint8)
+    (data_dir / RAW / NAMES[2]).write_bytes(idx(images))
+    (data_dir / RAW / NAMES[3]).write_bytes(idx(np.arange(10_000).astype(np.uint8) % 10))
+    assert len(load(data_dir).test_images) == 10_000
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        name, mode = Path(self.path).name, self.server.mode
-        content = self.server.files[name]
-        self.server.requests.append(name)
-        bad = name.startswith("t10k-images")  # the third: some files are there already
-        if mode == "503" and bad:
-            self.send_error(503)
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if mode == "corrupt" and bad:
-            content = content[:-20] + bytes(20)
-        if mode == "cut" and bad:
-            content = content[: len(content) // 2]
-        if mode == "silent" and bad:
-            time.sleep(3)
-        for part in range(0, len(content), 1024):
-            self.wfile.write(content[part : part + 1024])
-            time.sleep(0.002 if mode == "slow" else 0)
-
-    def log_message(self, *_: object) -> None:
-        pass
+@pytest.mark.usefixtures("no_figure")
+def test_a_read_only_folder_with_a_strange_name(tmp_path: Path, main: Callable) -> None:
+    folder, output = write_mnist(tmp_path / "größe 数 % {x} 'q'"), tmp_path / "läufe 1"
+    main(*small(data_dir=folder))  # nobody may not be able to read what is imported late
+    for path in (*folder.rglob("*"), folder):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    output.mkdir()
+    output.chmod(0o777)
+    with as_nobody(tmp_path):
+        code, out, error = main(*small(data_dir=folder, output_dir=output))
+    assert code == 0 and f"Files: {output / RUN.relative_to('runs')}" in out, error
 
 
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    server = Server(write_mnist(tmp_path / "served") / "MNIST" / "raw")
-    sums = [(name, hashlib.md5(content).hexdigest()) for name, content in server.files.items()]
-    monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
-    monkeypatch.setattr(MNIST, "resources", sums)
-    yield server
-    server.shutdown()
-    server.server_close()
+# --- Files that cannot be had or read ---
+DAMAGE = {  # what a file is then
+    "empty": lambda content: b"",
+    "half unpacked": lambda content: content[: len(content) // 2],
+    "cut in its header": lambda content: content[:6],
+    "longer": lambda content: content + b"\0",
+    "HTML": lambda content: b"<!DOCTYPE html><html><body>503 Service Unavailable</body></html>",
+    "of another type": lambda content: content[:2] + b"\x0d" + content[3:],
+    "compressed": gzip.compress,
+}
 
 
-@pytest.mark.parametrize("mode", ["well", "slow"])
-def test_download(server: Server, tmp_path: Path, mode: str) -> None:
-    server.mode = mode
-    data = load(tmp_path / "new")
-    assert len(data.train_images) == 300 and set(server.requests) == set(server.files)
-    assert sorted(os.listdir(tmp_path / "new" / "MNIST" / "raw")) == sorted(NAMES)
-    server.requests.clear()
-    load(tmp_path / "new")
-    assert not server.requests
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_file(data_dir: Path, how: str) -> None:
+    for name in NAMES:
+        path = data_dir / RAW / name
+        content = path.read_bytes()
+        path.write_bytes(DAMAGE[how](content))
+        refused(data_dir)
+        path.write_bytes(content)
+    load(data_dir)  # whole again
 
 
-def test_no_time_out_without_a_download(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is the whole process's."""
-    monkeypatch.setattr(script.socket, "setdefaulttimeout", pytest.fail)
-    load(data_dir)
+OTHERS = {  # than MNIST's: of another size, labels of other classes (EMNIST's), and not one for each image
+    "images": lambda array: array[:, 1:],
+    "classes": lambda array: np.arange(len(array)) % 11,
+    "labels": lambda array: array[1:],
+}
 
 
-@pytest.mark.parametrize("mode", ["503", "corrupt", "cut", "silent"])
-def test_download_that_fails_and_is_tried_again(
-    server: Server, tmp_path: Path, mode: str, main, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server.mode = mode
-    set_timeout = script.socket.setdefaulttimeout
-    monkeypatch.setattr(script.socket, "setdefaulttimeout", lambda s: set_timeout(s and s / 30))
-    flags = small(data_dir=tmp_path / "new")
-    code, _, error = main(*flags)
-    assert code == 1 and "MNIST could not be downloaded" in error and "DATA_DIR" in error
-    assert all(name in error for name in NAMES) and "Traceback" not in error
-    assert os.listdir(tmp_path / "new" / "MNIST" / "raw") == []  # nothing a later run would trust
-    server.mode = "well"
-    code, out, _ = main(*flags)
-    assert code == 0 and "Evolution finished." in out
+@pytest.mark.parametrize("what", OTHERS)
+def test_what_is_not_mnist(data_dir: Path, what: str) -> None:
+    for name in NAMES[0::2] if what == "images" else NAMES[1::2]:
+        path = data_dir / RAW / name
+        content = path.read_bytes()
+        shape = (-1, 28, 28) if what == "images" else -1
+        array = np.frombuffer(content, np.uint8, offset=16 if what == "images" else 8).reshape(shape)
+        path.write_bytes(idx(OTHERS[what](array).astype(np.uint8)))
+        refused(data_dir)
+        path.write_bytes(content)
 
 
-def test_a_file_that_was_there_is_kept(server: Server, tmp_path: Path) -> None:
-    own = write_mnist(tmp_path / "own", seed=1) / "MNIST" / "raw"
-    before = (own / NAMES[0]).read_bytes()
-    (own / NAMES[2]).unlink()
-    load(tmp_path / "own")
-    assert (own / NAMES[0]).read_bytes() == before and (own / NAMES[2]).exists()
+@pytest.mark.parametrize("missing", [NAMES, NAMES[2:3]])
+def test_no_network(data_dir: Path, main: Callable, missing: list[str]) -> None:
+    raw = data_dir / RAW
+    for name in missing:
+        (raw / name).unlink()
+    before = sorted(os.listdir(raw))
+    code, out, error = main(*small(data_dir=data_dir))
+    assert code == 1 and not out and explains(error, data_dir) and "refused" in error and "Traceback" not in error
+    assert sorted(os.listdir(raw)) == before and not os.path.exists("runs")
 
 
-def test_no_network(tmp_path: Path, main, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])  # refused at once
-    code, _, error = main(*small(data_dir=tmp_path / "new"))
-    assert code == 1 and "refused" in error and "put the four unpacked files" in error
+def compressed(raw: Path) -> list[tuple[str, str]]:
+    """Put .gz files in the place of the four; torchvision's list of them with their MD5."""
+    resources = []
+    for name in NAMES:
+        content = gzip.compress((raw / name).read_bytes())
+        (raw / f"{name}.gz").write_bytes(content)
+        (raw / name).unlink()
+        resources.append((f"{name}.gz", hashlib.md5(content).hexdigest()))
+    return resources
 
 
-def test_data_dir_that_cannot_be_made(tmp_path: Path, main) -> None:
-    (tmp_path / "file").touch()
-    code, _, error = main(*small(data_dir=tmp_path / "file"))
-    assert code == 1 and "MNIST could not be downloaded" in error and str(tmp_path) in error
+def test_compressed_files_at_hand_are_used(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, raw = load(data_dir), data_dir / RAW
+    monkeypatch.setattr(MNIST, "resources", compressed(raw))
+    data = load(data_dir)
+    assert data.checksum == expected.checksum and torch.equal(data.test_images, expected.test_images)
+    (raw / NAMES[0]).unlink()
+    (raw / f"{NAMES[0]}.gz").write_bytes(b"half a file")
+    refused(data_dir)
 
 
-@pytest.fixture
-def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 64 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root may mount the small tmpfs that plays the full disk")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+def test_an_interrupted_unpacking(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves a part of a file, here of the last one, which is seen; what the message says mends it."""
+    raw = data_dir / RAW
+    monkeypatch.setattr(MNIST, "resources", compressed(raw))
+    archives = {path: path.read_bytes() for path in raw.iterdir()}
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        at_call(patch, gzip.GzipFile, "read", 4, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            load(data_dir)
+    assert (raw / NAMES[3]).exists()
+    refused(data_dir)
+    shutil.rmtree(raw)
+    raw.mkdir()
+    for path, content in archives.items():
+        path.write_bytes(content)
+    assert len(load(data_dir).test_images) == 60
 
 
-def test_download_to_a_full_disk(server: Server, full_disk: Path, main) -> None:
-    code, _, error = main(*small(data_dir=full_disk))
-    assert code == 1 and "No space left on device" in error and "DATA_DIR" in error
-    assert os.listdir(full_disk / "MNIST" / "raw") == []
-
-
-def test_run_on_a_full_disk(data_dir: Path, full_disk: Path, main) -> None:
-    code, _, error = main(*small(data_dir=data_dir, output_dir=full_disk, hidden_dim=1_000))
-    assert code == 1 and "No space left on device" in error and str(full_disk) in error
-    assert not list(full_disk.rglob("*.pt")) and not list(full_disk.rglob("*.tmp"))
+@pytest.mark.parametrize("closed", ["file", "folder", "new", "no folder"])
+def test_no_permission(data_dir: Path, closed: str) -> None:
+    """To read a file, to look into the folder, to make it; nor can it be made where a file is."""
+    path = {"file": data_dir / RAW / NAMES[0], "folder": data_dir / RAW}.get(closed, data_dir)
+    folder = {"new": data_dir / "new", "no folder": data_dir / RAW / NAMES[0]}.get(closed, data_dir)
+    path.chmod(0o555 if path == data_dir else 0)
+    with as_nobody(data_dir.parent):
+        error = refused(folder)
+    path.chmod(0o755)  # so that pytest can remove it
+    reasons = {"folder": "Error downloading", "no folder": "Not a directory"}  # torchvision just sees no files there
+    assert reasons.get(closed, "Permission denied") in error

@@ -1,25 +1,35 @@
-"""Flat parameter vectors and SLERP."""
+"""Flat parameter vectors, SLERP and the MLP."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from m2n2_mnist import MLP, get_params, set_params, slerp
 
 
 def test_mlp_of_the_paper() -> None:
-    model = MLP(64, 256, 10)
-    assert len(get_params(model)) == 19_210
-    images = torch.randn(7, 1, 8, 8)
-    hidden = np.maximum(
-        images.flatten(1).numpy() @ model.hidden.weight.detach().numpy().T + model.hidden.bias.detach().numpy(),
-        0,
-    )
-    expected = hidden @ model.output.weight.detach().numpy().T + model.output.bias.detach().numpy()
-    np.testing.assert_allclose(model(images).detach().numpy(), expected, atol=1e-5)
+    model, images = MLP(64, 256), torch.randn(7, 1, 8, 8)
+    w1, b1, w2, b2 = (parameter.detach().double().numpy() for parameter in model.parameters())
+    pixels = images.flatten(1).double().numpy()
+    expected = np.maximum(pixels @ w1.T + b1, 0) @ w2.T + b2
+    before = images.clone()
+    np.testing.assert_allclose(model(images).detach(), expected, atol=1e-5)
+    assert len(get_params(model)) == 19_210 and torch.equal(images, before)
+
+
+def test_the_mlp_learns_by_gradient_too() -> None:
+    """Its in-place ReLU and its transposed logits have the gradients of the plain formula."""
+    model, images = MLP(6, 5, 3), torch.randn(9, 6)
+    plain = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    set_params(plain, get_params(model))
+    for network in (model, plain):
+        nn.functional.cross_entropy(network(images), torch.arange(9) % 3).backward()
+    for one, two in zip(model.parameters(), plain.parameters(), strict=True):
+        assert one.grad.any()
+        torch.testing.assert_close(one.grad, two.grad)
 
 
 def test_params_round_trip_and_order() -> None:
@@ -29,6 +39,7 @@ def test_params_round_trip_and_order() -> None:
     assert torch.equal(model[0].weight, torch.tensor([[0.0, 1, 2], [3, 4, 5]]))
     assert torch.equal(model[1].bias, torch.tensor([10.0]))
     assert torch.equal(get_params(model), vector) and not get_params(model).requires_grad
+    assert all(parameter.requires_grad for parameter in model.parameters())
     vector.zero_()
     assert model[1].bias.item() == 10  # a copy, not a view
 
@@ -60,8 +71,8 @@ def test_slerp_properties(seed: int) -> None:
     assert math.acos(torch.dot(a, middle).clamp(-1, 1)) == pytest.approx(t * omega, abs=1e-3)
 
 
-@pytest.mark.parametrize("t", [0, 0.25, 0.5, 1, torch.rand(3)])
-def test_slerp_where_the_angle_is_of_no_use(t: float | torch.Tensor) -> None:
+@pytest.mark.parametrize("t", [0, 0.25, 0.5, 1, torch.tensor([0.1, 0.6, 0.9])])
+def test_slerp_where_the_angle_is_of_no_use(t: float | Tensor) -> None:
     a, zero = torch.tensor([1.0, -2.0, 3.0]), torch.zeros(3)
     for first, second in ((a, a), (a, 2 * a), (a, -a), (a, zero), (zero, a), (zero, zero)):
         linear = (1 - t) * first + t * second

@@ -1,0 +1,344 @@
+"""Any model and any data that fits it is taken, copies go on to the same bits, and what does not fit is refused."""
+
+import copy
+import multiprocessing
+import pickle
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import make_m2n2
+from torch import Tensor, nn
+
+from m2n2_mnist import M2N2, MLP, get_params, set_params
+
+
+class Answers(nn.Module):
+    """Answers in a way of its own, `answer(images, weight)`, with a weight for each of 12 inputs and 3 classes."""
+
+    def __init__(self, answer: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.answer, self.weight = answer, nn.Parameter(torch.randn(3, 12))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.answer(images.flatten(1), self.weight)
+
+
+class Tied(nn.Module):
+    """Three layers, of which two share one weight: 3 · 12 + 12 · 12 + 3 · 12 parameters and biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.out = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 3)
+        self.two.weight = self.one.weight
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.out(self.two(self.one(images.flatten(1)).relu()).relu())
+
+
+class Sequence(nn.Module):
+    """The 3 rows of an image as a sequence, for an LSTM or a transformer."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body, self.out = body, nn.Linear(4, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        states = self.body(images)
+        return self.out((states[0] if isinstance(states, tuple) else states)[:, -1])
+
+
+def transformer() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    return Sequence(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False))
+
+
+def convolutional() -> nn.Module:
+    """With batch norm, whose buffers are no parameters, and dropout, which evaluation leaves out."""
+    layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()
+    return nn.Sequential(nn.Unflatten(1, (1, 3)), *layers, nn.Linear(8, 3), nn.Dropout())
+
+
+def flat(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+LEARN = {  # models whose logits depend on all that they are given
+    "MLP": lambda: MLP(12, 5, 3),
+    "frozen": lambda: flat(nn.Linear(12, 3)).requires_grad_(False),
+    "convolutional": convolutional,
+    "tied": Tied,
+    "LSTM": lambda: Sequence(nn.LSTM(4, 4, batch_first=True)),
+    "transformer": transformer,
+    "spectral norm": lambda: flat(nn.utils.parametrizations.spectral_norm(nn.Linear(12, 3))),
+    "new weight norm": lambda: flat(nn.utils.parametrizations.weight_norm(nn.Linear(12, 3))),
+    "compiled": lambda: torch.compile(flat(nn.Linear(12, 3)), backend="eager"),
+    "float64": lambda: MLP(12, 5, 3).double(),
+}
+ANSWER_ALIKE = {
+    "a view of the input": lambda: Answers(lambda x, w: x[:, :3]),
+    "expanded": lambda: Answers(lambda x, w: w[:, :1].T.expand(len(x), 3)),
+    "its own memory": lambda: Answers(lambda x, w: w.new_ones(len(x), 3).mul_(w.sum())),
+    "NaN at zero": lambda: Answers(lambda x, w: x @ w.T / w.norm()),
+}
+
+
+def learnable(examples: int = 30) -> tuple[Tensor, Tensor]:
+    """Images of 3 rows and 4 columns, and which of the first three values of the last row is the highest."""
+    images = torch.randn(examples, 3, 4, generator=torch.Generator().manual_seed(0))
+    return images, images[:, 2, :3].argmax(dim=1)
+
+
+def of_model(model: nn.Module, **settings: object) -> M2N2:
+    images, labels = learnable()
+    settings = {"archive_size": 5, "init_std": 0.3, "mutation_std": 0.3, "prior_std": 0.0} | settings
+    return M2N2(model, images, labels, images, labels, **settings)
+
+
+@pytest.fixture(autouse=True)
+def _same_models() -> None:
+    torch.manual_seed(0)
+
+
+# --- Any model, precision, type ---
+@pytest.mark.parametrize("score", ["correct", "probability"])
+@pytest.mark.parametrize("name", LEARN | ANSWER_ALIKE)
+def test_any_model(name: str, score: str) -> None:
+    """All its parameters evolve, frozen ones too, its buffers stay; the model, the images and empty slots as well."""
+    model, (images, labels) = (LEARN | ANSWER_ALIKE)[name](), learnable()
+    before, params = {key: value.clone() for key, value in model.state_dict().items()}, len(get_params(model))
+    m2n2, resumed = of_model(model, score=score), of_model(model, score=score, seed=9)
+    assert not m2n2.scores[~m2n2.archive.any(dim=1)].any()
+    resumed.load_state_dict(m2n2.state_dict())
+    assert torch.equal(m2n2.scores, resumed.scores)  # an empty slot scores 0, whatever the model says
+    start = m2n2.archive.clone()
+    m2n2.evolve(150)
+    assert m2n2.archive.isfinite().all() and (m2n2.archive != start).any(dim=0).all()
+    assert torch.equal(m2n2.train_images, images) and m2n2.archive.shape == (5, params)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    best = m2n2.best_model()
+    assert type(best) is type(model) and not best.training
+    assert all(map(torch.equal, best.buffers(), m2n2.model.buffers()))
+    if name in LEARN:  # the others answer all alike, or tie
+        right = (best(images).argmax(dim=1) == labels).float().mean().item()
+        assert m2n2.history[-1]["test_acc"] == pytest.approx(right) and right > 0.4
+
+
+@pytest.mark.parametrize("name", LEARN)
+def test_a_vector_is_evaluated_as_the_model_that_has_it(name: str) -> None:
+    """Not as the model that was given, nor as what was evaluated before."""
+    model = LEARN[name]()
+    m2n2, other = of_model(model), copy.deepcopy(model).to(torch.float32).eval()
+    found = []
+    for seed in (1, 2, 1):
+        params = torch.randn(m2n2.archive.shape[1], generator=torch.Generator().manual_seed(seed)) / 2
+        set_params(other, params)
+        found.append(m2n2.logits(params, m2n2.train_images))
+        torch.testing.assert_close(found[-1], other(m2n2.train_images).detach().T, atol=1e-5, rtol=1e-4)
+    assert torch.equal(found[0], found[2]) and not torch.allclose(found[0], found[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_images_of_another_precision(dtype: torch.dtype) -> None:
+    """They are evaluated in it; archive and scores are float32, near to those of float32 images."""
+    m2n2, single = make_m2n2(examples=400, dtype=dtype), make_m2n2(examples=400)
+    params = torch.randn(m2n2.archive.shape[1], generator=torch.Generator().manual_seed(0)) / 2
+    for one in (m2n2, single):
+        one._evaluate(params)
+    error = (m2n2._rows[-1] - single._rows[-1]).abs()
+    assert m2n2.archive.dtype == m2n2.scores.dtype == torch.float32
+    assert 0 < error.max() < (1e-5 if dtype == torch.float64 else 0.03)
+    m2n2.evolve(20)
+    best = m2n2.best_model()
+    assert get_params(best).dtype == best(m2n2.train_images).dtype == dtype
+
+
+def test_numpys_arrays() -> None:
+    """As images and as labels, as tensors are taken, to the same bits."""
+    images, labels = learnable()
+    m2n2 = M2N2(MLP(12, 5, 3), images.numpy(), labels.numpy(), images.numpy(), labels, seed=3)
+    tensors = M2N2(MLP(12, 5, 3), images, labels, images, labels, seed=3)
+    for one in (m2n2, tensors):
+        one.evolve(20)
+    assert torch.equal(m2n2.archive, tensors.archive) and m2n2.history == tensors.history
+
+
+@pytest.mark.parametrize("mode", ["autocast", "deterministic", "anomaly detection"])
+def test_modes_of_pytorch(mode: str) -> None:
+    plain, m2n2 = of_model(MLP(12, 5, 3)), of_model(MLP(12, 5, 3))
+    plain.evolve(60)
+    modes = {"autocast": torch.autocast("cpu", torch.bfloat16), "anomaly detection": torch.autograd.detect_anomaly()}
+    with modes.get(mode, nullcontext()):
+        torch.use_deterministic_algorithms(mode == "deterministic")
+        m2n2.evolve(60)
+        torch.use_deterministic_algorithms(False)
+    assert m2n2.history[-1]["train_acc"] > 0.4
+    assert torch.equal(plain.scores, m2n2.scores) == (mode != "autocast")
+
+
+# --- Copies and the best model ---
+def evolved(m2n2: M2N2) -> M2N2:
+    m2n2.evolve(20)
+    return m2n2
+
+
+def in_a_pool(m2n2: M2N2) -> list[M2N2]:
+    with multiprocessing.Pool(1) as pool:
+        return pool.map(evolved, [m2n2, m2n2], chunksize=1)
+
+
+COPIES = {
+    "deepcopy": lambda m2n2: [evolved(copy.deepcopy(m2n2))],
+    "pickle": lambda m2n2: [evolved(pickle.loads(pickle.dumps(m2n2)))],
+    "pool": in_a_pool,
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize(
+    ("name", "iterations"), [("MLP", 0), ("MLP", 7), ("LSTM", 7), ("tied", 7), ("convolutional", 7)]
+)
+def test_a_copy_goes_on_to_the_originals_bits(way: str, name: str, iterations: int) -> None:
+    """Wherever the original stands, which is not touched."""
+    m2n2 = of_model(LEARN[name](), schedule=50)
+    if iterations:
+        m2n2.evolve(iterations)
+    before = m2n2.state_dict()
+    copies = COPIES[way](m2n2)
+    assert torch.equal(m2n2.archive, before["archive"]) and m2n2.iteration == iterations
+    evolved(m2n2)
+    assert not torch.equal(m2n2.archive, before["archive"])
+    for one in copies:
+        assert torch.equal(one.archive, m2n2.archive) and torch.equal(one.scores, m2n2.scores)
+        assert one.history == m2n2.history and one.iteration == m2n2.iteration == iterations + 20
+        assert torch.equal(get_params(one.best_model()), m2n2.best_params())
+
+
+@pytest.mark.parametrize("name", ["MLP", "LSTM", "tied", "convolutional", "spectral norm"])
+def test_the_best_model_can_be_fine_tuned(name: str) -> None:
+    """By gradient, without a trace in the M2N2 it came from; and then be put into another one."""
+    (images, labels), m2n2 = learnable(), of_model(LEARN[name]())
+    m2n2.evolve(20)
+    before, best = m2n2.state_dict(), m2n2.best_model().train()
+    optimizer, losses = torch.optim.Adam(best.parameters(), lr=0.02), []
+    for _ in range(100):
+        optimizer.zero_grad()
+        losses.append(nn.functional.cross_entropy(best(images), labels))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] and all(parameter.grad is not None for parameter in best.parameters())
+    assert torch.equal(m2n2.archive, before["archive"])
+    assert torch.equal(get_params(m2n2.best_model()), m2n2.best_params())
+    merged = of_model(LEARN[name](), initial_models=[best, m2n2.best_model()])
+    assert torch.equal(merged.archive[0], get_params(best)) or torch.equal(merged.archive[1], get_params(best))
+
+
+# --- Refusals ---
+def tensors(examples: int = 40) -> dict[str, Tensor]:
+    images, labels = torch.randn(examples, 6), torch.arange(examples) % 10
+    names, test = ("train_images", "train_labels", "test_images", "test_labels"), (images[:20], labels[:20])
+    return {name: tensor.clone() for name, tensor in zip(names, (images, labels, *test), strict=True)}
+
+
+def with_one(value: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.flatten().scatter(0, torch.tensor(7), value).view(x.shape)
+
+
+WRONG = {  # what becomes of the images or labels, and what the message says
+    "fewer labels": ("labels", lambda x: x[:-1], r"int64 \(\d+,\), accepted is"),
+    "one-hot labels": ("labels", nn.functional.one_hot, r"int64 \(\d+, 10\), accepted is"),
+    "int32 labels": ("labels", Tensor.int, "int32.*, accepted is int64"),
+    "uint8 NumPy labels": ("labels", lambda x: x.byte().numpy(), "uint8.*, accepted is int64"),
+    "float labels": ("labels", Tensor.float, "float32.*, accepted is int64"),
+    "NaN labels": ("labels", lambda x: x * torch.nan, "float32.*, accepted is int64"),
+    "bool labels": ("labels", Tensor.bool, "bool.*, accepted is int64"),
+    "negative labels": ("labels", lambda x: x - 1, "accepted is .* from 0 up"),
+    "integer images": ("images", Tensor.byte, "uint8.*, accepted is floating-point"),
+    "bool images": ("images", Tensor.bool, "bool.*, accepted is floating-point"),
+    "integer NumPy images": ("images", lambda x: x.byte().numpy(), "uint8.*, accepted is floating-point"),
+    "complex images": ("images", lambda x: x + 1j, "complex64.*, accepted is floating-point"),
+    "an empty set": ("images", lambda x: x[:0], r"\(0, 6\).*, accepted is"),
+    "a number": ("images", lambda x: x[0, 0], r"\(\).*, accepted is"),
+    "one NaN": ("images", with_one(torch.nan), "1 that are NaN or infinite, accepted is"),
+    "one infinite": ("images", with_one(-torch.inf), "1 that are NaN or infinite, accepted is"),
+    "one NaN of NumPy's": ("images", lambda x: with_one(torch.nan)(x).numpy(), "1 that are NaN or infinite"),
+    "all NaN": ("images", lambda x: x / 0 * 0, "0 that are NaN or infinite, accepted is"),
+}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("how", WRONG)
+def test_wrong_examples(how: str, split: str) -> None:
+    kind, change, says = WRONG[how]
+    given, name = tensors(), f"{split}_{kind}"
+    given[name] = change(given[name])
+    with pytest.raises(ValueError, match=rf"^{name} is .*{says}"):
+        M2N2(MLP(6, 5), **given)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_labels_beyond_the_models_classes(split: str) -> None:
+    """One of them is enough: an index beyond the logits would be read otherwise."""
+    given = tensors()
+    given[f"{split}_labels"][3] = 10
+    with pytest.raises(ValueError, match=r"^model answers \(1, 10\) to an image, accepted is \(1, 11\)"):
+        M2N2(MLP(6, 5), **given)
+    M2N2(MLP(6, 5, 11), **given).evolve(2)
+
+
+@pytest.mark.parametrize("inputs", [5, 6])
+def test_test_images_unlike_the_training_images(inputs: int) -> None:
+    given = tensors()
+    given["test_images"] = given["test_images"][:, :5]
+    with pytest.raises(ValueError, match=r"^(model|test_images) is .*, accepted is"):
+        M2N2(MLP(inputs, 5), **given)
+
+
+def old(norm: Callable) -> nn.Module:
+    return flat(norm(nn.Linear(6, 10)))
+
+
+ODD = {
+    "no parameters": (nn.Flatten, "is Flatten, accepted is"),
+    "a function": (lambda: lambda images: images, "is function, accepted is"),
+    "a class": (lambda: MLP, "is type, accepted is"),
+    "old weight_norm": (lambda: old(nn.utils.weight_norm), "is Sequential, accepted is"),
+    "scripted": (lambda: torch.jit.script(nn.Linear(6, 10)), "is RecursiveScriptModule, accepted is"),
+    "traced": (lambda: torch.jit.trace(nn.Linear(6, 10), torch.randn(1, 6)), r"is \w+Module, accepted is"),
+    "lazy": (lambda: nn.LazyLinear(10), "is LazyLinear, accepted is"),
+    "other inputs": (lambda: MLP(7, 5), "is MLP, accepted is"),
+    "one answer for all": (lambda: flat(nn.Linear(6, 10), nn.Flatten(0)), r"answers \(10,\) to an image"),
+    "one more dimension": (lambda: flat(nn.Linear(6, 10), nn.Unflatten(1, (10, 1))), r"answers \(1, 10, 1\) to"),
+    "fewer classes": (lambda: MLP(6, 5, 9), r"answers \(1, 9\) to an image, accepted is \(1, 10\)"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_models(name: str) -> None:
+    make, says = ODD[name]
+    with pytest.raises(ValueError, match=rf"^model {says}"):
+        M2N2(make(), **tensors())
+
+
+INITIAL = {
+    "not in a list": lambda: MLP(6, 5),
+    "None": lambda: None,
+    "layers": lambda: flat(nn.Linear(6, 10)),
+    "of another size": lambda: [MLP(6, 5), MLP(6, 2)],
+    "no models": lambda: [get_params(MLP(6, 5))],
+    "without parameters": lambda: [nn.Flatten()],
+    "lazy": lambda: [nn.LazyLinear(10)],
+}
+
+
+@pytest.mark.parametrize("name", INITIAL)
+def test_odd_initial_models(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^initial_models is .*\b95 parameters"):
+        M2N2(MLP(6, 5), **tensors(), initial_models=INITIAL[name]())
+
+
+def test_initial_models_from_a_generator() -> None:
+    models = [MLP(6, 5), MLP(6, 5)]
+    found = M2N2(MLP(6, 5), **tensors(), initial_models=(model for model in models)).archive
+    assert {tuple(row.tolist()) for row in found if row.any()} == {tuple(get_params(m).tolist()) for m in models}

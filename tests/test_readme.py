@@ -1,0 +1,65 @@
+"""The README: its snippets and flags are the script's, and its figures stand in the evidence."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, RUN, SCRIPT, write_mnist
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "tests" / "RESULTS.md").read_text(encoding="utf-8")
+FIRST_SCREEN = README.partition("## Introduction")[0]
+TABLE = README.partition("## Results")[2].partition("\n\n**")[0]
+
+
+def figures(text: str) -> set[str]:
+    """Accuracies, with their deviation if they have one."""
+    return set(re.findall(r"\d\d\.\d+(?: ± \d+\.\d+)?(?= %|\*\*| \|| \()", text))
+
+
+def test_the_snippets_run(tmp_path: Path, main: Callable) -> None:
+    """One after the other in a notebook, beside a run of the defaults' model; with fewer iterations."""
+    write_mnist(tmp_path / "data")
+    code, _, error = main("--iterations=3", "--accelerator=cpu")
+    assert code == 0 and (RUN / "best_model.pt").exists(), error
+    blocks, names = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S), {}
+    assert len(blocks) > 1
+    for block in blocks:
+        exec(re.sub(r"(evolve\((?:iterations=)?)[\d_]+", r"\g<1>20", block), names)
+    assert names["merged"].iteration == 20 and 0 <= names["accuracy"] <= 1
+    assert isinstance(names["model"], torch.nn.Module)
+
+
+def test_the_flags_are_the_scripts(main: Callable) -> None:
+    commands = re.findall(r"m2n2_mnist\.py((?:\s+--[^`#\n]*)?)", README + SCRIPT.read_text(encoding="utf-8"))
+    flags = {flag for command in commands for flag in re.findall(r"--[a-z-]+", command)}
+    _, help_text, _ = main("--help")
+    assert len(flags) > 5 and flags <= set(re.findall(r"--[a-z-]+", help_text))
+
+
+@pytest.mark.parametrize("part", ["first screen", "table"])
+def test_the_accuracies_stand_in_the_evidence(part: str) -> None:
+    found = figures({"first screen": FIRST_SCREEN, "table": TABLE}[part])
+    assert len(found) > 2
+    for figure in found:
+        assert figure in RESULTS, figure
+
+
+def test_the_commands_of_the_first_screen_and_the_table_stand_in_the_evidence() -> None:
+    commands = re.findall(r"`(python [^`]+)`", FIRST_SCREEN + TABLE)
+    assert commands
+    for command in commands:
+        assert command in RESULTS, command
+
+
+def test_the_docstring_claims_what_the_readme_does() -> None:
+    claims = figures(SCRIPT.read_text(encoding="utf-8").split('"""')[1])
+    assert claims and claims <= figures(FIRST_SCREEN)
+
+
+def test_its_length_and_its_links() -> None:
+    assert len(README.splitlines()) <= 180
+    for link in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / link).exists(), link
