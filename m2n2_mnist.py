@@ -690,7 +690,7 @@ def resume(constants: argparse.Namespace, flags: dict[str, object]) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         run = {name: checked(name, checkpoint["constants"][name]) for name in vars(constants)}
-        if not {"archive", "retry"} <= checkpoint["m2n2"].keys():
+        if "checksum" not in checkpoint or not {"archive", "retry"} <= checkpoint["m2n2"].keys():
             raise ValueError("of another version")
     except Exception as error:  # whose own text may tell how to run the code in the file
         raise UserError(f"{path} is no whole checkpoint of this script. RESUME wants a run's folder.") from error
