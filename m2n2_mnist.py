@@ -1,7 +1,7 @@
 """M2N2 on MNIST: classifiers evolved from scratch, without a gradient, by merging models.
 
 It reaches 98.08 ± 0.09 % test accuracy (mean ± SD of seeds 42 to 46) with 50,000 forward passes of an MLP 64-128-10, in
-14 seconds on an H100 or 11 minutes on 2 CPU cores. PGPE ends 0.2 points lower on the same images and budget (README).
+14 seconds on an H100 or 12 minutes on 2 CPU cores. PGPE ends 0.2 points lower on the same images and budget (README).
 This is Model Merging of Natural Niches, Experiment 1 of "Competition and Attraction Improve Model Fusion"
 (Abrantes, Lange, Tang; arXiv:2508.16204), on the real MNIST.
 
