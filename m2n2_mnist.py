@@ -35,7 +35,7 @@ import torch.distributed as dist
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning_fabric.utilities.rank_zero import rank_zero_only
-from pytorch_lightning import LightningDataModule, seed_everything
+from pytorch_lightning import LightningDataModule
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -473,9 +473,11 @@ class M2N2:
 
     def state_dict(self) -> dict:
         """All that `load_state_dict` needs to go on as if nothing had happened."""
-        state = {name: getattr(self, name) for name in ("iteration", "schedule", "history", "archive")}
-        tensors = {"accepted": self._accepted, "base": self._base, "noise": self._noise, "retry": self._retry}
-        return deepcopy(state | tensors | {"generator": self._random["generator"].get_state()})
+        state = {"iteration": self.iteration, "schedule": self.schedule, "history": list(self.history)}
+        views = {"archive": self.archive, "accepted": self._accepted, "base": self._base}
+        views |= {"noise": self._noise, "retry": self._retry}  # of more, the scores for one, that is not to be saved
+        state |= {name: view.clone() for name, view in views.items()}
+        return state | {"generator": self._random["generator"].get_state()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
@@ -483,7 +485,7 @@ class M2N2:
         if state["archive"].shape != self.archive.shape:
             raise ValueError(f"state is of {tuple(state['archive'].shape)}, accepted is {tuple(self.archive.shape)}")
         for row, params in enumerate(state["archive"].to(self._rows.device)):
-            self._evaluate(params)
+            self._evaluate(params.clone())  # aligned as the child was, on which a product's last bits may hang
             self._rows[row] = torch.where(params.any(), self._rows[-1], 0)  # an empty slot's scores are zeros too
         for name in ("accepted", "base", "noise", "retry"):
             getattr(self, "_" + name).copy_(state[name])
@@ -760,7 +762,6 @@ def run(
     folder = constants.RESUME or fabric.broadcast(new_folder(constants.OUTPUT_DIR) if fabric.is_global_zero else "")
     logger = CSVLogger(folder, "", "", flush_logs_every_n_steps=1)  # which writes metrics.csv anew at a resumption
     logger.log_hyperparams(vars(constants))
-    seed_everything(constants.SEED, verbose=False)
     settings = {field.name: getattr(constants, field.name.upper()) for field in fields(M2N2) if field.name in CONSTANTS}
     model, examples = MLP(constants.IMAGE_SIZE**2, constants.HIDDEN_DIM), (x.to(fabric.device) for x in data.examples)
     m2n2 = M2N2(model, *examples, schedule=constants.ITERATIONS, **settings)

@@ -533,3 +533,12 @@ def test_memory_does_not_grow_with_the_iterations() -> None:
     m2n2.evolve(1_000, test_every=10_000)
     assert tracemalloc.get_traced_memory()[0] < 50_000
     tracemalloc.stop()
+
+
+def test_a_state_holds_what_it_names_and_no_more() -> None:
+    """Views of a larger buffer would be saved with all of it, the scores too."""
+    m2n2 = make_m2n2(examples=400)
+    m2n2.evolve(5)
+    for name, value in m2n2.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert value.untyped_storage().nbytes() == value.nbytes, name
