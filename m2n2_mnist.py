@@ -12,22 +12,21 @@ This is Model Merging of Natural Niches, Experiment 1 of "Competition and Attrac
 
 import argparse
 import contextlib
-import io
 import os
 import re
 import signal
 import sys
-import threading
 import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import KW_ONLY, InitVar, dataclass, fields
+from dataclasses import KW_ONLY, InitVar, dataclass
 from functools import partial
 from itertools import count
 from numbers import Real
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -109,13 +108,11 @@ class MLP(nn.Module):
     def __init__(self, input_dim: int, hidden_dim: int = HIDDEN_DIM, output_dim: int = 10) -> None:
         super().__init__()
         hidden_dim = checked("hidden_dim", hidden_dim)
-        self.hidden = nn.Linear(checked("input_dim", input_dim), hidden_dim)
-        self.output = nn.Linear(hidden_dim, checked("output_dim", output_dim))
+        self.hidden, self.output = nn.Linear(input_dim, hidden_dim), nn.Linear(hidden_dim, output_dim)
 
     def forward(self, images: Tensor) -> Tensor:
-        # self.output(self.hidden(images.flatten(1)).relu()), with the logits of a class side by side in memory: what is
-        # then done to them, class by class, is twice as fast.
         hidden = self.hidden(images.flatten(1)).relu_()
+        # self.output(hidden) with the logits of a class side by side in memory: what follows is twice as fast.
         return torch.addmm(self.output.bias[:, None], self.output.weight, hidden.T).T
 
 
@@ -159,7 +156,7 @@ class MNISTDataModule(LightningDataModule):
         super().__init__()
         self.data_dir, self.dataset = checked("data_dir", data_dir), checked("dataset", dataset)
         self.deskew, self.crop_size = checked("deskew", deskew), checked("crop_size", crop_size)
-        self.image_size, self.batch_size = checked("image_size", image_size), checked("batch_size", batch_size)
+        self.image_size, self.batch_size = checked("image_size", image_size), batch_size
 
     def prepare_data(self) -> None:
         """Download the files that are missing, if any, and unpack them."""
@@ -206,12 +203,6 @@ def all_reduce(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
-
-
-def own_part(examples: Tensor) -> Tensor:
-    """This process's part of the training examples."""
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return examples.tensor_split(processes)[rank].contiguous()
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
@@ -269,19 +260,24 @@ class M2N2:
             raise ValueError(f"test_images is {tuple(test[0].shape)}, accepted is {('examples', *images.shape[1:])}")
         self.test_images, self.test_labels = test[0].to(images), test[1].to(images.device)
         self.class_sizes = labels.bincount(minlength=int(self.test_labels.max()) + 1)  # (classes,), of all processes
-        self.train_images, self.train_labels = own_part(images), own_part(labels.to(images.device))
+        rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.train_images = images.tensor_split(processes)[rank].contiguous()
+        self.train_labels = labels.tensor_split(processes)[rank].to(images.device)
         self.eval_batch_size = self.eval_batch_size or (len(images) if images.is_cuda else 10_000)
         self.model = checked_model(self.model, self.test_images, len(self.class_sizes))
         self._random = {"device": images.device, "generator": torch.Generator(images.device).manual_seed(self.seed)}
         self._fill_archive(initial_models)
 
     def __getstate__(self) -> dict:
-        """With tensors of its own: a pool of processes would put the original's into memory that they share."""
-        return deepcopy(vars(self))
+        return deepcopy(vars(self))  # a pool of processes puts the tensors that it is given into memory that they share
 
     def _fill_archive(self, initial_models: Sequence[nn.Module]) -> None:
         """Empty slots, into which the initial models, or two random ones, are put like children."""
-        initial, params = checked_initial(initial_models, self.model), len(get_params(self.model))
+        params = len(get_params(self.model))
+        try:
+            initial = [get_params(model).view(params) for model in initial_models]
+        except Exception as error:
+            raise ValueError(f"initial_models is no list of models like model, of {params} parameters each") from error
         # A row holds a model and its scores, the last one the child's. That is copied onto the row that goes, itself if
         # the child loses: no branch, and no interrupt can leave a model with another's scores.
         shape = self.archive_size + 1, params + len(self.train_labels)
@@ -310,8 +306,8 @@ class M2N2:
 
         σ falls over the `schedule` by half a cosine, from `mutation_std` to `final_mutation_std`, and stays there.
         """
-        first, end = self.iteration, self.iteration + checked("iterations", iterations)
-        test_every = checked("test_every", test_every)
+        test_every, first = checked("test_every", test_every), self.iteration
+        end = first + checked("iterations", iterations)
         self.schedule = self.schedule or end
         make_child, captured_at = self._step, first + 3 if self._rows.is_cuda else end
         options = {"initial": first, "mininterval": 0.1 if sys.stderr.isatty() else 10}  # seconds; a log is to be short
@@ -380,8 +376,8 @@ class M2N2:
         """
         noise = self._sigma * torch.randn(len(child), **self._random)
         if self.use_mirroring:
-            child = torch.where(self._retry, self._base, child, out=self._base)
-            noise = torch.where(self._retry, -self._noise, noise, out=self._noise)
+            child = self._base.copy_(torch.where(self._retry, self._base, child))
+            noise = self._noise.copy_(torch.where(self._retry, -self._noise, noise))
         return self._kept * child + noise
 
     def _evaluate(self, child: Tensor) -> None:
@@ -423,26 +419,24 @@ class M2N2:
     def _measure(self) -> dict[str, float]:
         """A row of `history`.
 
-        `coverage` is the share of training examples that at least one member classifies correctly. `diversity` is the
-        share that one of two members does and the other does not, mean over all pairs: the disagreement measure
-        (Skalak 1996; Kuncheva & Whitaker 2003), Σ_j n_j (K - n_j) / (N K (K - 1) / 2) with n_j members right on j.
-        `acceptance` is the share of the children since the row before that entered the archive.
+        `coverage` is the share of training examples that at least one member classifies correctly, `diversity` that of
+        those which one of two members does and the other does not, mean over all pairs (the disagreement measure,
+        Kuncheva & Whitaker 2003), `acceptance` that of the children since the last row which entered the archive.
         """
         right, examples = self._right(), self.class_sizes.sum().item()
         members, known_by = self.archive.any(dim=1).sum().item(), right.sum(dim=0)  # (examples,)
         disagreements = all_reduce((known_by * (members - known_by)).sum()).item()
-        since = self.iteration - (self.history[-1]["iteration"] if self.history else 0)
-        row = {
+        accepted, since = self._accepted.item(), self.iteration - (self.history[-1]["iteration"] if self.history else 0)
+        self._accepted.zero_()
+        return {
             "iteration": self.iteration,
             "best_fitness": self._update_fitness(self.scores)[0].max().item(),
             "train_acc": all_reduce(right.sum(dim=1)).max().item() / examples,
             "test_acc": self.test_accuracy(self.best_params(right)[None]),
             "coverage": all_reduce((known_by > 0).sum()).item() / examples,
             "diversity": disagreements / examples / max(1, members * (members - 1) / 2),
-            "acceptance": self._accepted.item() / since,
+            "acceptance": accepted / since,
         }
-        self._accepted.zero_()
-        return row
 
     def _right(self) -> Tensor:
         """Which training examples each member classifies correctly, bool `(archive, examples)`; an empty slot none."""
@@ -473,11 +467,10 @@ class M2N2:
 
     def state_dict(self) -> dict:
         """All that `load_state_dict` needs to go on as if nothing had happened."""
-        state = {"iteration": self.iteration, "schedule": self.schedule, "history": list(self.history)}
-        views = {"archive": self.archive, "accepted": self._accepted, "base": self._base}
-        views |= {"noise": self._noise, "retry": self._retry}  # of more, the scores for one, that is not to be saved
-        state |= {name: view.clone() for name, view in views.items()}
-        return state | {"generator": self._random["generator"].get_state()}
+        tensors = {name: getattr(self, "_" + name).clone() for name in ("accepted", "base", "noise", "retry")}
+        random = {"generator": self._random["generator"].get_state()}
+        progress = {"iteration": self.iteration, "schedule": self.schedule, "history": list(self.history)}
+        return {"archive": self.archive.clone()} | tensors | random | progress
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
@@ -516,16 +509,13 @@ def captured_step(m2n2: M2N2) -> Callable[[], None]:
 
 # --- Outputs ---
 @rank_zero_only
-def atomic_save(save: Callable[[io.BytesIO], object], path: Path) -> None:
+def atomic_save(save: Callable[[IO], object], path: Path) -> None:
     """What `save` writes, to a temporary file that is moved into place: whole or not at all."""
-    buffer, temporary = io.BytesIO(), path.with_suffix(".tmp")
-    save(buffer)
+    temporary = path.with_suffix(".tmp")
     with explained(f"{path} could not be written", "Make room, then RESUME the last checkpoint."):
-        try:
-            temporary.write_bytes(buffer.getbuffer())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with open(temporary, "wb") as file:
+            save(file)
+        os.replace(temporary, path)
 
 
 @rank_zero_only
@@ -545,8 +535,7 @@ def plot_evolution(histories: Sequence[list[dict]], niches: Tensor, path: Path) 
         left.plot(children, mean, label=label)
         left.fill_between(children, mean - std, mean + std, alpha=0.3)
     left.legend(loc="center right")
-    title = f"Evolution, mean ± SD of {runs} runs" if runs > 1 else "Evolution"
-    left.set(xlabel="children evaluated (thousands)", ylabel="examples (%)", title=title)
+    left.set(xlabel="children evaluated (thousands)", ylabel="examples (%)", title=f"Evolution, mean ± SD, n = {runs}")
     difference = 100 * (niches - niches.mean(dim=0)).numpy()
     limit = np.abs(difference).max(initial=0.1, where=~np.isnan(difference))
     image = right.imshow(difference, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit)
@@ -556,29 +545,24 @@ def plot_evolution(histories: Sequence[list[dict]], niches: Tensor, path: Path) 
 
 
 # --- What is accepted, said once for the classes above, the constants, the flags and --help ---
-CONSTANTS = {  # type, then its range or its choices
-    "seed": (int, 0, 4 * 10**9),  # with any number of runs less than 2**32, where NumPy's end
-    "runs": (int, 1, 10**8),
-    "accelerator": (str, "auto", "cpu", "cuda"),
-    "dataset": (str, "MNIST", "FashionMNIST", "KMNIST"),
-    "hidden_dim": (int, 1, 10**7),
-    "archive_size": (int, 2, 10**6),
-    "score": (str, "probability", "correct"),
-    "temperature": (float, 1e-3, 1e3),
-    "alpha": (float, 0.0, 3.0),
-    "init_std": (float, 1e-12, 1e30),
-    **dict.fromkeys(("iterations", "test_every"), (int, 1, 10**15)),
-    **dict.fromkeys(("crop_size", "image_size"), (int, 1, 28)),
-    **dict.fromkeys(("mutation_std", "final_mutation_std", "prior_std"), (float, 0.0, 1e30)),
-    **dict.fromkeys(
-        ("deskew", "use_crossover", "use_split_point", "use_attraction", "use_mirroring"), (bool, True, False)
-    ),
-    **dict.fromkeys(("resume", "data_dir", "output_dir"), (Path,)),
+RULES = {  # type, then its range or its choices, of which names
+    (int, 0, 3 * 10**9): ("seed",),  # with any number of runs below 2**32, where NumPy's end
+    (int, 1, 10**9): ("runs", "iterations", "test_every", "hidden_dim"),
+    (int, 0, 10**9): ("schedule", "eval_batch_size"),
+    (int, 1, 28): ("crop_size", "image_size"),
+    (int, 2, 10**6): ("archive_size",),
+    (float, 1e-3, 1e3): ("temperature",),
+    (float, 0.0, 3.0): ("alpha",),
+    (float, 1e-12, 1e30): ("init_std",),
+    (float, 0.0, 1e30): ("mutation_std", "final_mutation_std", "prior_std"),
+    (bool, True, False): ("deskew", "use_crossover", "use_split_point", "use_attraction", "use_mirroring"),
+    (str, "probability", "correct"): ("score",),
+    (str, "MNIST", "FashionMNIST", "KMNIST"): ("dataset",),
+    (str, "auto", "cpu", "cuda"): ("accelerator",),
+    (Path,): ("resume", "data_dir", "output_dir"),
 }
-ACCEPTED = CONSTANTS | {  # arguments alone
-    **dict.fromkeys(("input_dim", "output_dim", "batch_size"), (int, 1, 10**7)),
-    **dict.fromkeys(("schedule", "eval_batch_size"), (int, 0, 10**15)),
-}
+ACCEPTED = {name: rule for rule, names in RULES.items() for name in names}
+CONSTANTS = [name for name in globals() if name.isupper() and name.lower() in ACCEPTED]
 
 
 class UserError(Exception):
@@ -608,14 +592,12 @@ def checked(name: str, value: object) -> int | float | bool | str:
     A whole float serves as an integer, the text of a number or of True as what it means, a `Path` as its text.
     """
     kind, *limits = ACCEPTED[name.lower()]
-    if kind is Path and isinstance(value, str | Path):
-        return str(os.path.expanduser(value))
-    if kind in (str, bool) and isinstance(value, str | bool | np.bool_):
-        for choice in limits:
-            if str(value).strip().lower() == str(choice).lower():
-                return choice
-    if kind in (int, float) and isinstance(value, str | Real) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, KeyError):
+        if kind is Path and isinstance(value, str | Path):
+            return str(os.path.expanduser(value))
+        if kind in (str, bool) and isinstance(value, str | bool | np.bool_):
+            return {str(choice).lower(): choice for choice in limits}[str(value).strip().lower()]
+        if kind in (int, float) and isinstance(value, str | Real) and not isinstance(value, bool):
             number = float(value) if isinstance(value, str) else value
             if limits[0] <= number <= limits[1] and (kind is float or number % 1 == 0):  # false for NaN
                 return kind(number)
@@ -649,18 +631,6 @@ def checked_model(model: nn.Module, images: Tensor, classes: int) -> nn.Module:
     return model
 
 
-def checked_initial(models: Sequence[nn.Module], like: nn.Module) -> list[Tensor]:
-    """Their parameters; ValueError unless they are models with as many as `like`."""
-    params = len(get_params(like))
-    try:
-        vectors = [get_params(model) for model in models]
-    except Exception:
-        vectors = [torch.empty(0)]
-    if any(len(vector) != params for vector in vectors):
-        raise ValueError(f"initial_models is no list of models like model, of {params} parameters each")
-    return vectors
-
-
 # --- The command line ---
 SOURCE = Path(__file__).read_bytes()  # as it runs: the file may be edited before a run's folder gets a copy
 
@@ -670,7 +640,7 @@ def parse_constants(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
     layout = {"usage": "%(prog)s [--constant VALUE]...", "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, **layout)
     comments = dict(re.findall(r"^([A-Z_]+)\b.*# *(.*?)\r?$", SOURCE.decode(errors="replace"), re.M))
-    file = {name.upper(): globals()[name.upper()] for name in CONSTANTS}
+    file = {name: globals()[name] for name in CONSTANTS}
     for name, default in file.items():
         meaning = f"{comments.get(name, '')} [{in_words(name)}] (default: {default!r})".strip().replace("%", "%%")
         flag = "--" + name.lower().replace("_", "-")
@@ -692,8 +662,6 @@ def resume(constants: argparse.Namespace, flags: dict[str, object]) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         run = {name: checked(name, checkpoint["constants"][name]) for name in vars(constants)}
-        if "checksum" not in checkpoint or not {"archive", "retry"} <= checkpoint["m2n2"].keys():
-            raise ValueError("of another version")
     except Exception as error:  # whose own text may tell how to run the code in the file
         raise UserError(f"{path} is no whole checkpoint of this script. RESUME wants a run's folder.") from error
     for name, value in flags.items():
@@ -705,24 +673,6 @@ def resume(constants: argparse.Namespace, flags: dict[str, object]) -> dict:
 
 
 # --- A run ---
-@contextlib.contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """The first Ctrl-C or SIGTERM is noted, so that all is saved before the end; a second one is the end at once."""
-    noted, settable = [], threading.current_thread() is threading.main_thread()
-
-    def note(number: int, frame: object) -> None:
-        noted.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM) if settable}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def launch(accelerator: str) -> Fabric:
     """The device and, under torchrun, the processes; what other launchers start are runs of their own."""
     if accelerator == "auto":
@@ -737,6 +687,31 @@ def launch(accelerator: str) -> Fabric:
     return fabric
 
 
+@contextlib.contextmanager
+def noted_signals(fabric: Fabric) -> Iterator[Callable[[], int]]:
+    """The first Ctrl-C or SIGTERM is noted, so that all is saved before the end; a second one is the end at once.
+
+    Yields what tells the number of the signal that any process noted, the same to all of them; or 0.
+    """
+    noted, before = [0], {}
+
+    def note(number: int, frame: object) -> None:
+        noted.append(number)
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    with contextlib.suppress(ValueError):  # in another than the main thread
+        before |= {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: int(fabric.all_reduce(max(noted), reduce_op="max")) if fabric.world_size > 1 else max(noted)
+    finally:
+        restore()
+
+
+@rank_zero_only
 def new_folder(output_dir: str) -> str:
     """A version_N with this script in it: making it is the claim, which only one of several processes can."""
     parent = Path(output_dir, "m2n2_mnist")
@@ -749,27 +724,20 @@ def new_folder(output_dir: str) -> str:
                 return str(folder)
 
 
-def agreed(fabric: Fabric, noted: list[int]) -> int:
-    """The signal that any of the processes noted, the same in all of them; or 0."""
-    own = max(noted, default=0)
-    return int(fabric.all_reduce(own, reduce_op="max")) if fabric.world_size > 1 else own
-
-
 def run(
-    constants: argparse.Namespace, fabric: Fabric, data: MNISTDataModule, noted: list[int], state: dict | None
+    constants: argparse.Namespace, fabric: Fabric, data: MNISTDataModule, caught: Callable[[], int], state: dict | None
 ) -> tuple[M2N2, Path]:
     """A run from its folder to its last checkpoint: what evolved, and the folder."""
-    folder = constants.RESUME or fabric.broadcast(new_folder(constants.OUTPUT_DIR) if fabric.is_global_zero else "")
-    logger = CSVLogger(folder, "", "", flush_logs_every_n_steps=1)  # which writes metrics.csv anew at a resumption
-    logger.log_hyperparams(vars(constants))
-    settings = {field.name: getattr(constants, field.name.upper()) for field in fields(M2N2) if field.name in CONSTANTS}
+    folder = Path(constants.RESUME or fabric.broadcast(new_folder(constants.OUTPUT_DIR)))
+    settings = {n.lower(): x for n, x in vars(constants).items() if n.lower() in M2N2.__dataclass_fields__}
     model, examples = MLP(constants.IMAGE_SIZE**2, constants.HIDDEN_DIM), (x.to(fabric.device) for x in data.examples)
-    m2n2 = M2N2(model, *examples, schedule=constants.ITERATIONS, **settings)
+    m2n2 = M2N2(model, *examples, **settings | {"schedule": constants.ITERATIONS})
     if state:
         with explained(f"{folder} is of another model", "RESUME it with the script that lies in it."):
             m2n2.load_state_dict(state)
+    logger, logged = CSVLogger(folder, "", "", flush_logs_every_n_steps=1), []  # its rows are written anew if resumed
+    logger.log_hyperparams(vars(constants))
     kept = {"constants": vars(constants) | {"RUNS": 1, "DATA_DIR": os.path.abspath(constants.DATA_DIR)}}
-    logged = []
 
     def save() -> None:
         with explained(f"{folder} could not be written", "Make room, then RESUME the last checkpoint."):
@@ -778,13 +746,13 @@ def run(
                 logger.log_metrics(row, row["iteration"])
             logger.save()
         state = kept | {"checksum": data.checksum, "m2n2": m2n2.state_dict()}
-        atomic_save(partial(torch.save, state), Path(folder, "checkpoint.pt"))
+        atomic_save(partial(torch.save, state), folder / "checkpoint.pt")
 
     def after_child(m2n2: M2N2) -> bool:
         if len(m2n2.history) > len(logged):
             save()
         together = fabric.world_size == 1 or m2n2.iteration % 50 == 0  # all processes stop at the same child
-        return together and agreed(fabric, noted) > 0
+        return together and caught() > 0
 
     save()
     if (first := m2n2.iteration) < constants.ITERATIONS:
@@ -793,7 +761,7 @@ def run(
         seconds, children = time.perf_counter() - started, m2n2.iteration - first
         fabric.print(f"{children:,} children in {seconds:.1f} s, {children / seconds:.1f} a second")
         save()
-    return m2n2, Path(folder)
+    return m2n2, folder
 
 
 def report(fabric: Fabric, m2n2: M2N2, histories: list[list[dict]], folder: Path) -> float:
@@ -803,9 +771,8 @@ def report(fabric: Fabric, m2n2: M2N2, histories: list[list[dict]], folder: Path
     accuracy, end = m2n2.test_accuracy(m2n2.best_params()[None]), "Evolution finished."
     if m2n2.iteration < m2n2.schedule:
         end = f"Evolution interrupted at iteration {m2n2.iteration}. To go on, add nothing but --resume {folder}"
-    ensemble = f"Test accuracy of the archive as an ensemble: {m2n2.test_accuracy(m2n2.archive):.2%}"
-    last = f"Final Test Accuracy of the best model: {accuracy:.2%}"
-    fabric.print(ensemble, f"Files: {folder}", end, last, sep="\n", flush=True)
+    fabric.print(f"Test accuracy of the archive as an ensemble: {m2n2.test_accuracy(m2n2.archive):.2%}")
+    fabric.print(f"Files: {folder}\n{end}\nFinal Test Accuracy of the best model: {accuracy:.2%}", flush=True)
     return accuracy
 
 
@@ -820,27 +787,25 @@ def run_all(constants: argparse.Namespace, flags: dict[str, object]) -> int:
     with fabric.rank_zero_first(local=True):
         data.prepare_data()
     data.setup()
-    if checkpoint and checkpoint["checksum"] != data.checksum:
+    if checkpoint and checkpoint.get("checksum") != data.checksum:
         raise UserError("The images in DATA_DIR are not those of the run to RESUME. Point it at them, or start afresh.")
-    seeds, histories, accuracies = range(constants.SEED, constants.SEED + constants.RUNS), [], []
-    with noted_signals() as noted:
-        for seed in seeds:
-            examples = f"{len(data.train_labels):,} + {len(data.test_labels):,} images of {constants.DATASET}"
-            place = f"{fabric.device}, {fabric.world_size} process(es)"
-            fabric.print(f"M2N2 on {place}; {examples}; seed {seed}", flush=True)
-            this = argparse.Namespace(**vars(constants) | {"SEED": seed})
-            m2n2, folder = run(this, fabric, data, noted, checkpoint.get("m2n2"))
+    histories, accuracies, left = [], [], constants.RUNS
+    images = f"{len(data.train_labels):,} + {len(data.test_labels):,} images of {constants.DATASET}"
+    with noted_signals(fabric) as caught:
+        while left and not caught():
+            fabric.print(f"M2N2 on {fabric.device}, {fabric.world_size} process(es); {images}; seed {constants.SEED}")
+            m2n2, folder = run(constants, fabric, data, caught, checkpoint.get("m2n2"))
             histories.append(m2n2.history)
             accuracies.append(report(fabric, m2n2, histories, folder))
-            if caught := agreed(fabric, noted):
-                break
-    if left := len(seeds) - len(histories):
-        fabric.print(f"For the other runs, add --seed {seed + 1} --runs {left}")
-    elif len(seeds) > 1 and not caught:
+            constants.SEED, left = constants.SEED + 1, left - 1
+        signaled = caught()
+    if left:
+        fabric.print(f"For the other runs, add --seed {constants.SEED} --runs {left}")
+    elif len(accuracies) > 1 and not signaled:
         std, mean = torch.std_mean(100 * torch.tensor(accuracies))
-        fabric.print(f"Mean Test Accuracy of {len(seeds)} runs: {mean:.2f} ± {std:.2f}%")
+        fabric.print(f"Mean Test Accuracy of {len(accuracies)} runs: {mean:.2f} ± {std:.2f}%")
     fabric.barrier()  # torchrun ends the others when the first leaves with an error code
-    return caught
+    return signaled
 
 
 def main(argv: Sequence[str] = ()) -> int:
@@ -851,8 +816,8 @@ def main(argv: Sequence[str] = ()) -> int:
             stream.reconfigure(errors="replace")  # where σ cannot be shown
     warnings.filterwarnings("ignore", module="lightning_fabric|pytorch_lightning")  # of rows that are not lost
     try:
-        caught = run_all(*parse_constants(argv))
-        return 128 + caught if caught else 0
+        signaled = run_all(*parse_constants(argv))
+        return 128 + signaled if signaled else 0
     except (UserError, OSError) as error:
         sys.exit(f"Error: {error}")
     finally:
@@ -861,7 +826,4 @@ def main(argv: Sequence[str] = ()) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    sys.exit(main(sys.argv[1:]))

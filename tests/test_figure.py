@@ -47,7 +47,7 @@ def test_figure_shows_mean_and_deviation_of_the_runs(monkeypatch: pytest.MonkeyP
     names = [text.get_text() for text in curves.get_legend().get_texts()]
     for name, part in zip(names, ("coverage", "test", "diversity"), strict=True):
         assert part in name
-    assert "2 runs" in curves.get_title() and niches.get_title()
+    assert "n = 2" in curves.get_title() and niches.get_title()
 
 
 def test_figure_of_one_run_and_of_none(monkeypatch: pytest.MonkeyPatch) -> None:

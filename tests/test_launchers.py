@@ -82,7 +82,10 @@ def test_help_where_a_sign_cannot_be_shown() -> None:
         _, error = process.communicate(timeout=300)
     text = Path("help.txt").read_text(encoding="cp1252")
     assert process.returncode == 0 and not error and "σ" not in text
-    assert all(f"--{name.replace('_', '-')}" in text for name in script.CONSTANTS) and "?, standard deviation" in text
+    assert (
+        all(f"--{name.lower().replace('_', '-')}" in text for name in script.CONSTANTS)
+        and "?, standard deviation" in text
+    )
 
 
 ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}

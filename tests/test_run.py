@@ -155,7 +155,7 @@ def test_a_disk_that_fills_up(file: str, data_dir: Path, main: Callable, monkeyp
         at_iteration(patch, 30, fill_up)
         code, out, error = main(*small(data_dir=data_dir))
     assert code == 1 and "No space left on device" in error and "Evolution finished." not in out
-    assert checkpoint(RUN)["m2n2"]["iteration"] == 20 and not list(RUN.glob("*.tmp"))
+    assert checkpoint(RUN)["m2n2"]["iteration"] == 20
     assert str(RUN) in error and "RESUME" in error
     (RUN / file).unlink(missing_ok=True)
     assert main(f"--resume={RUN}")[0] == 0
