@@ -693,22 +693,17 @@ def noted_signals(fabric: Fabric) -> Iterator[Callable[[], int]]:
 
     Yields what tells the number of the signal that any process noted, the same to all of them; or 0.
     """
-    noted, before = [0], {}
+    noted = [0]
+    with contextlib.ExitStack() as handlers:
 
-    def note(number: int, frame: object) -> None:
-        noted.append(number)
-        restore()
+        def note(number: int, frame: object) -> None:
+            noted.append(number)
+            handlers.close()  # those from before are in force again
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    with contextlib.suppress(ValueError):  # in another than the main thread
-        before |= {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+        with contextlib.suppress(ValueError):  # in another than the main thread
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handlers.callback(signal.signal, number, signal.signal(number, note))
         yield lambda: int(fabric.all_reduce(max(noted), reduce_op="max")) if fabric.world_size > 1 else max(noted)
-    finally:
-        restore()
 
 
 @rank_zero_only

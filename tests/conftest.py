@@ -122,6 +122,16 @@ def run_script(*flags: str, **options: object) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(flags, process.returncode, out, err)
 
 
+def as_module(text: bytes) -> ModuleType:
+    """An edited copy of the script as a module, of edited.py in the current folder."""
+    path = Path("edited.py")
+    path.write_bytes(text)
+    module = ModuleType("edited")
+    module.__file__ = str(path)
+    exec(compile(text, path, "exec"), vars(module))
+    return module
+
+
 @pytest.fixture
 def main(capsys: pytest.CaptureFixture) -> Iterator[Callable]:
     """The script's `main`, or that of an edited copy, in this process: returns exit code, standard output and error."""
@@ -140,6 +150,11 @@ def main(capsys: pytest.CaptureFixture) -> Iterator[Callable]:
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background process has not
     yield call
     signal.signal(signal.SIGINT, handler)
+
+
+def one_line(error: str, *parts: str) -> bool:
+    """Whether the message is a single line with these parts."""
+    return error.endswith("\n") and error.count("\n") == 1 and all(part in error for part in parts)
 
 
 # --- What a run left ---
@@ -164,23 +179,6 @@ def same_end(one: Path, two: Path) -> None:
 
 
 # --- Moments of a run ---
-def at_iteration(monkeypatch: pytest.MonkeyPatch, iteration: int, act: Callable[[], None], run: int = 1) -> None:
-    """`act` after that child of the `run`-th run from now on, before what the script does after each child."""
-    evolve, runs = M2N2.evolve, []
-
-    def watched(m2n2: M2N2, iterations: int, test_every: int, after_child: Callable) -> None:
-        runs.append(m2n2)
-
-        def after(m2n2: M2N2) -> bool:
-            if m2n2.iteration == iteration and len(runs) == run:
-                act()
-            return after_child(m2n2)
-
-        evolve(m2n2, iterations, test_every, after)
-
-    monkeypatch.setattr(script.M2N2, "evolve", watched)
-
-
 def at_call(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int, act: Callable[[], None]) -> None:
     """`act` at the `call`-th call of a function of the script, and nowhere else."""
     function, calls = getattr(owner, name), []

@@ -37,9 +37,13 @@ def authors() -> SimpleNamespace:
     return SimpleNamespace(niches=natural_niches_fn, helper=helper_fn)
 
 
-def random_scores(models: int, score: str, random: torch.Generator, examples: int = 60) -> torch.Tensor:
-    """Models good and bad, `(models, examples)`; nobody is right on the first three examples."""
-    scores = torch.rand(models, examples, generator=random)
+def to_jax(tensor: torch.Tensor) -> jax.Array:
+    return jax.numpy.asarray(tensor.numpy())
+
+
+def random_scores(models: int, score: str, random: torch.Generator) -> torch.Tensor:
+    """Models good and bad, `(models, 60)`; nobody is right on the first three examples."""
+    scores = torch.rand(models, 60, generator=random)
     if score == "correct":
         scores = (scores < torch.rand(models, 1, generator=random)).float()
     scores[:, :3] = 0
@@ -54,18 +58,6 @@ def decided(scores: torch.Tensor, alpha: float) -> bool:
     return bool((least == least[0]).all())
 
 
-def both_archives(authors: SimpleNamespace, m2n2: M2N2, child: float, scores: torch.Tensor) -> tuple[np.ndarray, ...]:
-    """Archive and scores, theirs and then ours, after the child whose parameters are all `child` was put in."""
-    state = jax.numpy.asarray(m2n2.archive.numpy()), jax.numpy.asarray(m2n2.scores.numpy())
-    params = jax.numpy.full(m2n2.archive.shape[1], child)
-    theirs = authors.niches.update_archive(jax.numpy.asarray(scores.numpy()), params, *state, m2n2.alpha)
-    own_child, own_scores = child_of(m2n2)
-    own_child.fill_(child)
-    own_scores.copy_(scores)
-    m2n2._update_archive()
-    return *map(np.asarray, theirs), m2n2.archive.numpy(), m2n2.scores.numpy()
-
-
 @pytest.mark.parametrize("archive_size", [2, 4, 20])
 @pytest.mark.parametrize(("score", "alpha"), CASES)
 def test_archive_update(authors: SimpleNamespace, score: str, alpha: float, archive_size: int) -> None:
@@ -73,16 +65,21 @@ def test_archive_update(authors: SimpleNamespace, score: str, alpha: float, arch
     m2n2, random = make_m2n2(60, archive_size=archive_size, alpha=alpha), torch.Generator().manual_seed(archive_size)
     m2n2.archive.zero_()
     m2n2.scores.zero_()
+    own_child, own_scores = child_of(m2n2)
     entered = []
     for child in range(1, 6 * archive_size + 30):
         scores = random_scores(1, score, random)[0]
         if child % 5 == 0:
             scores = m2n2.scores[m2n2._update_fitness(m2n2.scores)[0].argmin()].clone()
         if decided(torch.cat([m2n2.scores, scores[None]]), alpha):
-            archive, kept, own_archive, own_kept = both_archives(authors, m2n2, float(child), scores)
-            np.testing.assert_array_equal(archive, own_archive)
-            np.testing.assert_array_equal(kept, own_kept)
-            entered.append(child in own_archive)
+            params, state = torch.full_like(own_child, child), (to_jax(m2n2.archive), to_jax(m2n2.scores))
+            archive, kept = authors.niches.update_archive(to_jax(scores), to_jax(params), *state, alpha)
+            own_child.copy_(params)
+            own_scores.copy_(scores)
+            m2n2._update_archive()
+            np.testing.assert_array_equal(archive, m2n2.archive)
+            np.testing.assert_array_equal(kept, m2n2.scores)
+            entered.append(child in m2n2.archive)
     assert entered[0] and len(entered) > 2 * archive_size + 10 and not all(entered)
 
 
@@ -100,7 +97,7 @@ def captured(authors: ModuleType, m2n2: M2N2, first: int, patch: pytest.MonkeyPa
 
     patch.setattr(jax.random, "choice", choice)
     patch.setattr(m2n2, "_draw", draw)
-    state = jax.numpy.asarray(m2n2.archive.numpy()), jax.numpy.asarray(m2n2.scores.numpy())
+    state = to_jax(m2n2.archive), to_jax(m2n2.scores)
     authors.sample_parents(*state, jax.random.PRNGKey(0), m2n2.alpha, m2n2.use_attraction)
     m2n2._select_parents()
     return theirs, ours
@@ -135,7 +132,7 @@ def vectors(params: int, seed: int) -> torch.Tensor:
 def test_slerp(authors: SimpleNamespace, seed: int, w: float) -> None:
     a, b = vectors(95, seed)
     for x, y in ((a, b), (a, a), (a, 3 * a), (a, a + 0.09 * a.roll(1))):
-        theirs = authors.helper.slerp(w, jax.numpy.asarray(x.numpy()), jax.numpy.asarray(y.numpy()))
+        theirs = authors.helper.slerp(w, to_jax(x), to_jax(y))
         np.testing.assert_allclose(slerp(w, x, y), theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -155,19 +152,16 @@ def our_child(m2n2: M2N2, parents: torch.Tensor, w: float, split_point: int, pat
 
 @pytest.mark.parametrize("seed", range(5))
 def test_crossover(authors: SimpleNamespace, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    m2n2, plain = make_m2n2(), make_m2n2(use_split_point=False)
-    params = m2n2.archive.shape[1]
+    split, whole = make_m2n2(), make_m2n2(use_split_point=False)
+    params, helper = split.archive.shape[1], authors.helper
     parents = vectors(params, seed)
-    jax_parents, key = jax.numpy.asarray(parents.numpy()), jax.random.PRNGKey(seed)
-    for split_point in (0, 1, params // 2, params - 1):
-        theirs = authors.helper.slerp_w_splitpoint(0.3, split_point, *jax_parents)
-        ours = our_child(m2n2, parents, 0.3, split_point, monkeypatch)
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    a, b = to_jax(parents)
+    cases = [(helper.slerp_w_splitpoint(0.3, p, a, b), split, 0.3, p) for p in (0, 1, params // 2, params - 1)]
+    key = jax.random.PRNGKey(seed)
     first, second = jax.random.split(key)  # what their crossover draws from
     split_point, w = jax.random.randint(first, (), 0, params).item(), jax.random.uniform(second).item()
-    theirs = authors.helper.crossover(tuple(jax_parents), key)
-    ours = our_child(m2n2, parents, w, split_point, monkeypatch)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-    theirs = authors.helper.crossover_without_splitpoint(tuple(jax_parents), key)
-    ours = our_child(plain, parents, jax.random.uniform(key).item(), 0, monkeypatch)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    cases.append((helper.crossover((a, b), key), split, w, split_point))
+    cases.append((helper.crossover_without_splitpoint((a, b), key), whole, jax.random.uniform(key).item(), 0))
+    for theirs, m2n2, w, split_point in cases:
+        ours = our_child(m2n2, parents, w, split_point, monkeypatch)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)

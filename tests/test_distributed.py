@@ -33,14 +33,13 @@ def test_same_archive_as_one_process(tmp_path: Path, main: Callable) -> None:
 
     Not with 0/1 scores: they make ties, which the rounding of another order of sums may decide.
     """
-    data = write_mnist(tmp_path / "data", train=301)
-    flags = small(data_dir=data, iterations=300, test_every=100)
+    flags = small(data_dir=write_mnist(tmp_path / "data", train=301), iterations=300, test_every=100)
     main(*flags)
     one, history = checkpoint(RUN)["m2n2"], rows(RUN)
     edited = re.sub("^SEED = .*", "SEED = 42 + int(os.environ['RANK'])", SCRIPT.read_text(encoding="utf-8"), flags=re.M)
     Path("edited.py").write_text(edited, encoding="utf-8")
-    for processes, path in ((2, SCRIPT), (3, Path("edited.py"))):
-        process = start(processes, *flags, f"--output-dir=runs-{processes}", path=path)
+    for processes in (2, 3):
+        process = start(processes, *flags, f"--output-dir=runs-{processes}", path=Path("edited.py"))
         out, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
         assert out.count("Evolution finished.") == out.count(f"{processes} process(es)") == 1  # only one prints
@@ -49,35 +48,30 @@ def test_same_archive_as_one_process(tmp_path: Path, main: Callable) -> None:
         folder = f"runs-{processes}" / RUN.relative_to("runs")
         torch.testing.assert_close(checkpoint(folder)["m2n2"]["archive"], one["archive"])
         for row, expected in zip(rows(folder), history, strict=True):
-            assert {k: float(v) for k, v in row.items()} == pytest.approx(
-                {k: float(v) for k, v in expected.items()}, rel=1e-5
-            )
+            expected = {name: float(value) for name, value in expected.items()}
+            assert {name: float(value) for name, value in row.items()} == pytest.approx(expected, rel=1e-5)
 
 
 def test_interrupted_and_resumed(data_dir: Path, main: Callable) -> None:
     """One process gets the signal, or torchrun itself: all stop at the same child, and one process can go on too."""
-    process = start(2, *small(data_dir=data_dir, iterations=10**7, test_every=100, runs=2))
-    wait_for_iteration(process, 100)
-    os.kill(workers(process)[-1], signal.SIGTERM)  # not the one that prints
-    out, error = process.communicate(timeout=300)
-    first = checkpoint(RUN)["m2n2"]["iteration"]
-    assert process.returncode != 0 and first % 50 == 0 and first >= 100, error
-    assert f"Evolution interrupted at iteration {first}. To go on, add nothing but --resume {RUN}\n" in out
-    assert "For the other runs, add --seed 43 --runs 1\n" in out and "Final Test Accuracy" in out
-
-    process = start(2, f"--resume={RUN}")
-    wait_for_iteration(process, first + 100)
-    process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=300)
-    second = checkpoint(RUN)["m2n2"]["iteration"]
-    assert process.returncode != 0 and second % 50 == 0 and second >= first + 100, error
-    assert f"Evolution interrupted at iteration {second}. To go on" in out and "Final Test Accuracy" in out, error
+    flags, least = small(data_dir=data_dir, iterations=10**7, test_every=100, runs=2), 100
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = start(2, *flags)
+        wait_for_iteration(process, least)
+        first = number == signal.SIGTERM
+        os.kill(workers(process)[-1] if first else process.pid, number)  # not the one that prints
+        out, error = process.communicate(timeout=300)
+        reached = checkpoint(RUN)["m2n2"]["iteration"]
+        assert process.returncode != 0 and reached % 50 == 0 and reached >= least, error
+        assert f"Evolution interrupted at iteration {reached}. To go on, add nothing but --resume {RUN}\n" in out
+        assert ("For the other runs, add --seed 43 --runs 1\n" in out) == first and "Final Test Accuracy" in out
+        flags, least = [f"--resume={RUN}"], reached + 100
 
     # The rest would take hours: make it end here.
     state = checkpoint(RUN)
-    state["constants"]["ITERATIONS"] = second
+    state["constants"]["ITERATIONS"] = reached
     torch.save(state, RUN / "checkpoint.pt")
-    code, out, error = main(f"--resume={RUN}", f"--iterations={second + 50}")
+    code, out, error = main(f"--resume={RUN}", f"--iterations={reached + 50}")
     assert code == 0 and "\n50 children in" in out and "Evolution finished." in out, error
 
 

@@ -4,7 +4,6 @@ import copy
 import multiprocessing
 import pickle
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -37,21 +36,15 @@ class Tied(nn.Module):
         return self.out(self.two(self.one(images.flatten(1)).relu()).relu())
 
 
-class Sequence(nn.Module):
-    """The 3 rows of an image as a sequence, for an LSTM or a transformer."""
+class Recurrent(nn.Module):
+    """The 3 rows of an image as a sequence for an LSTM."""
 
-    def __init__(self, body: nn.Module) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.body, self.out = body, nn.Linear(4, 3)
+        self.lstm, self.out = nn.LSTM(4, 4, batch_first=True), nn.Linear(4, 3)
 
     def forward(self, images: Tensor) -> Tensor:
-        states = self.body(images)
-        return self.out((states[0] if isinstance(states, tuple) else states)[:, -1])
-
-
-def transformer() -> nn.Module:
-    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
-    return Sequence(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False))
+        return self.out(self.lstm(images)[0][:, -1])
 
 
 def convolutional() -> nn.Module:
@@ -69,31 +62,27 @@ LEARN = {  # models whose logits depend on all that they are given
     "frozen": lambda: flat(nn.Linear(12, 3)).requires_grad_(False),
     "convolutional": convolutional,
     "tied": Tied,
-    "LSTM": lambda: Sequence(nn.LSTM(4, 4, batch_first=True)),
-    "transformer": transformer,
+    "LSTM": Recurrent,
     "spectral norm": lambda: flat(nn.utils.parametrizations.spectral_norm(nn.Linear(12, 3))),
-    "new weight norm": lambda: flat(nn.utils.parametrizations.weight_norm(nn.Linear(12, 3))),
     "compiled": lambda: torch.compile(flat(nn.Linear(12, 3)), backend="eager"),
     "float64": lambda: MLP(12, 5, 3).double(),
 }
 ANSWER_ALIKE = {
     "a view of the input": lambda: Answers(lambda x, w: x[:, :3]),
     "expanded": lambda: Answers(lambda x, w: w[:, :1].T.expand(len(x), 3)),
-    "its own memory": lambda: Answers(lambda x, w: w.new_ones(len(x), 3).mul_(w.sum())),
     "NaN at zero": lambda: Answers(lambda x, w: x @ w.T / w.norm()),
 }
+SETTINGS = {"archive_size": 5, "init_std": 0.3, "mutation_std": 0.3, "prior_std": 0.0}
 
 
-def learnable(examples: int = 30) -> tuple[Tensor, Tensor]:
-    """Images of 3 rows and 4 columns, and which of the first three values of the last row is the highest."""
-    images = torch.randn(examples, 3, 4, generator=torch.Generator().manual_seed(0))
+def learnable() -> tuple[Tensor, Tensor]:
+    """30 images of 3 rows and 4 columns, and which of the first three values of the last row is the highest."""
+    images = torch.randn(30, 3, 4, generator=torch.Generator().manual_seed(0))
     return images, images[:, 2, :3].argmax(dim=1)
 
 
 def of_model(model: nn.Module, **settings: object) -> M2N2:
-    images, labels = learnable()
-    settings = {"archive_size": 5, "init_std": 0.3, "mutation_std": 0.3, "prior_std": 0.0} | settings
-    return M2N2(model, images, labels, images, labels, **settings)
+    return M2N2(model, *learnable() * 2, **SETTINGS | settings)
 
 
 @pytest.fixture(autouse=True)
@@ -155,26 +144,25 @@ def test_images_of_another_precision(dtype: torch.dtype) -> None:
 
 
 def test_numpys_arrays() -> None:
-    """As images and as labels, as tensors are taken, to the same bits."""
-    images, labels = learnable()
-    m2n2 = M2N2(MLP(12, 5, 3), images.numpy(), labels.numpy(), images.numpy(), labels, seed=3)
-    tensors = M2N2(MLP(12, 5, 3), images, labels, images, labels, seed=3)
-    for one in (m2n2, tensors):
-        one.evolve(20)
-    assert torch.equal(m2n2.archive, tensors.archive) and m2n2.history == tensors.history
+    """They are taken as tensors are, to the same bits."""
+    tensors = of_model(MLP(12, 5, 3))
+    arrays = M2N2(MLP(12, 5, 3), *(x.numpy() for x in learnable() * 2), **SETTINGS)
+    for m2n2 in (arrays, tensors):
+        m2n2.evolve(20)
+    assert torch.equal(arrays.archive, tensors.archive) and arrays.history == tensors.history
 
 
-@pytest.mark.parametrize("mode", ["autocast", "deterministic", "anomaly detection"])
-def test_modes_of_pytorch(mode: str) -> None:
-    plain, m2n2 = of_model(MLP(12, 5, 3)), of_model(MLP(12, 5, 3))
+def test_deterministic_algorithms_and_autocast() -> None:
+    """The first change no bit; the second evaluates in another precision, and learns."""
+    plain, deterministic, autocast = (of_model(MLP(12, 5, 3)) for _ in range(3))
     plain.evolve(60)
-    modes = {"autocast": torch.autocast("cpu", torch.bfloat16), "anomaly detection": torch.autograd.detect_anomaly()}
-    with modes.get(mode, nullcontext()):
-        torch.use_deterministic_algorithms(mode == "deterministic")
-        m2n2.evolve(60)
-        torch.use_deterministic_algorithms(False)
-    assert m2n2.history[-1]["train_acc"] > 0.4
-    assert torch.equal(plain.scores, m2n2.scores) == (mode != "autocast")
+    torch.use_deterministic_algorithms(True)
+    deterministic.evolve(60)
+    torch.use_deterministic_algorithms(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast.evolve(60)
+    assert torch.equal(deterministic.scores, plain.scores)
+    assert not torch.equal(autocast.scores, plain.scores) and autocast.history[-1]["train_acc"] > 0.4
 
 
 # --- Copies and the best model ---
@@ -183,29 +171,18 @@ def evolved(m2n2: M2N2) -> M2N2:
     return m2n2
 
 
-def in_a_pool(m2n2: M2N2) -> list[M2N2]:
-    with multiprocessing.Pool(1) as pool:
-        return pool.map(evolved, [m2n2, m2n2], chunksize=1)
-
-
-COPIES = {
-    "deepcopy": lambda m2n2: [evolved(copy.deepcopy(m2n2))],
-    "pickle": lambda m2n2: [evolved(pickle.loads(pickle.dumps(m2n2)))],
-    "pool": in_a_pool,
-}
-
-
-@pytest.mark.parametrize("way", COPIES)
 @pytest.mark.parametrize(
     ("name", "iterations"), [("MLP", 0), ("MLP", 7), ("LSTM", 7), ("tied", 7), ("convolutional", 7)]
 )
-def test_a_copy_goes_on_to_the_originals_bits(way: str, name: str, iterations: int) -> None:
-    """Wherever the original stands, which is not touched."""
+def test_a_copy_goes_on_to_the_originals_bits(name: str, iterations: int) -> None:
+    """By deepcopy, pickle or a pool of processes, wherever the original stands, which is not touched."""
     m2n2 = of_model(LEARN[name](), schedule=50)
     if iterations:
         m2n2.evolve(iterations)
     before = m2n2.state_dict()
-    copies = COPIES[way](m2n2)
+    copies = [evolved(copy.deepcopy(m2n2)), evolved(pickle.loads(pickle.dumps(m2n2)))]
+    with multiprocessing.Pool(1) as pool:
+        copies += pool.map(evolved, [m2n2, m2n2], chunksize=1)
     assert torch.equal(m2n2.archive, before["archive"]) and m2n2.iteration == iterations
     evolved(m2n2)
     assert not torch.equal(m2n2.archive, before["archive"])
@@ -220,50 +197,33 @@ def test_the_best_model_can_be_fine_tuned(name: str) -> None:
     """By gradient, without a trace in the M2N2 it came from; and then be put into another one."""
     (images, labels), m2n2 = learnable(), of_model(LEARN[name]())
     m2n2.evolve(20)
-    before, best = m2n2.state_dict(), m2n2.best_model().train()
-    optimizer, losses = torch.optim.Adam(best.parameters(), lr=0.02), []
-    for _ in range(100):
-        optimizer.zero_grad()
-        losses.append(nn.functional.cross_entropy(best(images), labels))
-        losses[-1].backward()
-        optimizer.step()
-    assert losses[-1] < losses[0] and all(parameter.grad is not None for parameter in best.parameters())
-    assert torch.equal(m2n2.archive, before["archive"])
+    before, best = m2n2.archive.clone(), m2n2.best_model().train()
+    nn.functional.cross_entropy(best(images), labels).backward()
+    torch.optim.SGD(best.parameters(), lr=0.1).step()
+    assert all(parameter.grad is not None for parameter in best.parameters())
+    assert torch.equal(m2n2.archive, before) and not torch.equal(get_params(best), m2n2.best_params())
     assert torch.equal(get_params(m2n2.best_model()), m2n2.best_params())
     merged = of_model(LEARN[name](), initial_models=[best, m2n2.best_model()])
     assert torch.equal(merged.archive[0], get_params(best)) or torch.equal(merged.archive[1], get_params(best))
 
 
 # --- Refusals ---
-def tensors(examples: int = 40) -> dict[str, Tensor]:
-    images, labels = torch.randn(examples, 6), torch.arange(examples) % 10
-    names, test = ("train_images", "train_labels", "test_images", "test_labels"), (images[:20], labels[:20])
-    return {name: tensor.clone() for name, tensor in zip(names, (images, labels, *test), strict=True)}
-
-
-def with_one(value: float) -> Callable[[Tensor], Tensor]:
-    return lambda x: x.flatten().scatter(0, torch.tensor(7), value).view(x.shape)
+def tensors() -> dict[str, Tensor]:
+    images, labels = torch.randn(40, 6), torch.arange(40) % 10
+    given = {"train_images": images, "train_labels": labels, "test_images": images[:20], "test_labels": labels[:20]}
+    return {name: tensor.clone() for name, tensor in given.items()}
 
 
 WRONG = {  # what becomes of the images or labels, and what the message says
     "fewer labels": ("labels", lambda x: x[:-1], r"int64 \(\d+,\), accepted is"),
     "one-hot labels": ("labels", nn.functional.one_hot, r"int64 \(\d+, 10\), accepted is"),
     "int32 labels": ("labels", Tensor.int, "int32.*, accepted is int64"),
-    "uint8 NumPy labels": ("labels", lambda x: x.byte().numpy(), "uint8.*, accepted is int64"),
-    "float labels": ("labels", Tensor.float, "float32.*, accepted is int64"),
-    "NaN labels": ("labels", lambda x: x * torch.nan, "float32.*, accepted is int64"),
-    "bool labels": ("labels", Tensor.bool, "bool.*, accepted is int64"),
     "negative labels": ("labels", lambda x: x - 1, "accepted is .* from 0 up"),
-    "integer images": ("images", Tensor.byte, "uint8.*, accepted is floating-point"),
-    "bool images": ("images", Tensor.bool, "bool.*, accepted is floating-point"),
-    "integer NumPy images": ("images", lambda x: x.byte().numpy(), "uint8.*, accepted is floating-point"),
-    "complex images": ("images", lambda x: x + 1j, "complex64.*, accepted is floating-point"),
+    "integer images": ("images", lambda x: x.byte().numpy(), "uint8.*, accepted is floating-point"),
     "an empty set": ("images", lambda x: x[:0], r"\(0, 6\).*, accepted is"),
     "a number": ("images", lambda x: x[0, 0], r"\(\).*, accepted is"),
-    "one NaN": ("images", with_one(torch.nan), "1 that are NaN or infinite, accepted is"),
-    "one infinite": ("images", with_one(-torch.inf), "1 that are NaN or infinite, accepted is"),
-    "one NaN of NumPy's": ("images", lambda x: with_one(torch.nan)(x).numpy(), "1 that are NaN or infinite"),
-    "all NaN": ("images", lambda x: x / 0 * 0, "0 that are NaN or infinite, accepted is"),
+    "one NaN": ("images", lambda x: x.where(x != x[3, 3], torch.nan), "1 that are NaN or infinite, accepted is"),
+    "one infinite": ("images", lambda x: x.where(x != x[3, 3], -torch.inf), "1 that are NaN or infinite, accepted is"),
 }
 
 
@@ -287,30 +247,22 @@ def test_labels_beyond_the_models_classes(split: str) -> None:
     M2N2(MLP(6, 5, 11), **given).evolve(2)
 
 
-@pytest.mark.parametrize("inputs", [5, 6])
-def test_test_images_unlike_the_training_images(inputs: int) -> None:
+def test_test_images_unlike_the_training_images() -> None:
     given = tensors()
     given["test_images"] = given["test_images"][:, :5]
-    with pytest.raises(ValueError, match=r"^(model|test_images) is .*, accepted is"):
-        M2N2(MLP(inputs, 5), **given)
-
-
-def old(norm: Callable) -> nn.Module:
-    return flat(norm(nn.Linear(6, 10)))
+    with pytest.raises(ValueError, match=r"^test_images is \(20, 5\), accepted is \('examples', 6\)"):
+        M2N2(MLP(6, 5), **given)
 
 
 ODD = {
     "no parameters": (nn.Flatten, "is Flatten, accepted is"),
     "a function": (lambda: lambda images: images, "is function, accepted is"),
-    "a class": (lambda: MLP, "is type, accepted is"),
-    "old weight_norm": (lambda: old(nn.utils.weight_norm), "is Sequential, accepted is"),
+    "old weight_norm": (lambda: flat(nn.utils.weight_norm(nn.Linear(6, 10))), "is Sequential, accepted is"),
     "scripted": (lambda: torch.jit.script(nn.Linear(6, 10)), "is RecursiveScriptModule, accepted is"),
-    "traced": (lambda: torch.jit.trace(nn.Linear(6, 10), torch.randn(1, 6)), r"is \w+Module, accepted is"),
     "lazy": (lambda: nn.LazyLinear(10), "is LazyLinear, accepted is"),
     "other inputs": (lambda: MLP(7, 5), "is MLP, accepted is"),
     "one answer for all": (lambda: flat(nn.Linear(6, 10), nn.Flatten(0)), r"answers \(10,\) to an image"),
     "one more dimension": (lambda: flat(nn.Linear(6, 10), nn.Unflatten(1, (10, 1))), r"answers \(1, 10, 1\) to"),
-    "fewer classes": (lambda: MLP(6, 5, 9), r"answers \(1, 9\) to an image, accepted is \(1, 10\)"),
 }
 
 
@@ -323,12 +275,9 @@ def test_odd_models(name: str) -> None:
 
 INITIAL = {
     "not in a list": lambda: MLP(6, 5),
-    "None": lambda: None,
-    "layers": lambda: flat(nn.Linear(6, 10)),
     "of another size": lambda: [MLP(6, 5), MLP(6, 2)],
     "no models": lambda: [get_params(MLP(6, 5))],
     "without parameters": lambda: [nn.Flatten()],
-    "lazy": lambda: [nn.LazyLinear(10)],
 }
 
 
@@ -336,9 +285,3 @@ INITIAL = {
 def test_odd_initial_models(name: str) -> None:
     with pytest.raises(ValueError, match=r"^initial_models is .*\b95 parameters"):
         M2N2(MLP(6, 5), **tensors(), initial_models=INITIAL[name]())
-
-
-def test_initial_models_from_a_generator() -> None:
-    models = [MLP(6, 5), MLP(6, 5)]
-    found = M2N2(MLP(6, 5), **tensors(), initial_models=(model for model in models)).archive
-    assert {tuple(row.tolist()) for row in found if row.any()} == {tuple(get_params(m).tolist()) for m in models}

@@ -42,12 +42,9 @@ def test_params_round_trip_and_order() -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
     vector.zero_()
     assert model[1].bias.item() == 10  # a copy, not a view
-
-
-@pytest.mark.parametrize("length", [0, 10, 12])
-def test_params_of_wrong_length(length: int) -> None:
-    with pytest.raises(ValueError, match="11 parameters"):
-        set_params(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)), torch.zeros(length))
+    for length in (10, 12):
+        with pytest.raises(ValueError, match="11 parameters"):
+            set_params(model, torch.zeros(length))
 
 
 def test_slerp_by_hand() -> None:

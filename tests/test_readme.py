@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 from conftest import ROOT, RUN, SCRIPT, write_mnist
 
@@ -39,22 +38,12 @@ def test_the_flags_are_the_scripts(main: Callable) -> None:
     assert len(flags) > 5 and flags <= set(re.findall(r"--[a-z-]+", help_text))
 
 
-@pytest.mark.parametrize("part", ["first screen", "table"])
-def test_the_accuracies_stand_in_the_evidence(part: str) -> None:
-    found = figures({"first screen": FIRST_SCREEN, "table": TABLE}[part])
-    assert len(found) > 2
-    for figure in found:
-        assert figure in RESULTS, figure
-
-
-def test_the_commands_of_the_first_screen_and_the_table_stand_in_the_evidence() -> None:
-    commands = re.findall(r"`(python [^`]+)`", FIRST_SCREEN + TABLE)
-    assert commands
-    for command in commands:
-        assert command in RESULTS, command
-
-
-def test_the_docstring_claims_what_the_readme_does() -> None:
+def test_what_it_claims_stands_in_the_evidence() -> None:
+    """The accuracies and the commands of the first screen and the table; the docstring claims no others."""
+    for part in (FIRST_SCREEN, TABLE):
+        claims, commands = figures(part), re.findall(r"`(python [^`]+)`", part)
+        assert len(claims) > 2 and commands
+        assert [text for text in (*claims, *commands) if text not in RESULTS] == []
     claims = figures(SCRIPT.read_text(encoding="utf-8").split('"""')[1])
     assert claims and claims <= figures(FIRST_SCREEN)
 
