@@ -21,7 +21,6 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import KW_ONLY, InitVar, dataclass
 from functools import partial
 from itertools import count
 from numbers import Real
@@ -90,7 +89,7 @@ def slerp(t: float | Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def get_params(model: nn.Module) -> Tensor:
     """All parameters as one detached vector `(params,)`, in the order of `model.parameters()`."""
-    return nn.utils.parameters_to_vector(model.parameters()).detach()
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 def set_params(model: nn.Module, params: Tensor) -> None:
@@ -199,7 +198,7 @@ class MNISTDataModule(LightningDataModule):
 
 # --- M2N2 ---
 def all_reduce(values: Tensor) -> Tensor:
-    """Their sum over the processes, each with its part of the examples, in their place."""
+    """Sum these, in place, over the processes, each with its part of the examples."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
@@ -213,7 +212,6 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.gather(0, labels[None])[0] - logits.scatter(0, labels[None], -torch.inf).amax(dim=0)
 
 
-@dataclass(eq=False, repr=False)
 class M2N2:
     """Model Merging of Natural Niches: a steady-state evolution of an archive of K models.
 
@@ -224,52 +222,52 @@ class M2N2:
     Under torch.distributed each process holds it whole, and its part of the training examples. Symbols are the paper's:
     s_ij in [0, 1] is the score of model i on training example j, z_j = Σ_i s_ij, f_i the fitness of model i.
 
-    Attributes: the arguments, `archive` (archive, params), `scores` (archive, examples of this process), `iteration`
-    (children so far), `history` (the rows that `evolve` measured).
+    Attributes: the arguments, `archive`, `scores`, `iteration` (children so far), `history` (rows that `evolve` made).
     """
 
-    model: nn.Module
-    train_images: Tensor | np.ndarray
-    train_labels: Tensor | np.ndarray
-    test_images: Tensor | np.ndarray
-    test_labels: Tensor | np.ndarray
-    _: KW_ONLY
-    archive_size: int = ARCHIVE_SIZE
-    score: str = SCORE
-    temperature: float = TEMPERATURE
-    alpha: float = ALPHA
-    init_std: float = INIT_STD
-    mutation_std: float = MUTATION_STD
-    final_mutation_std: float = FINAL_MUTATION_STD
-    prior_std: float = PRIOR_STD
-    use_crossover: bool = USE_CROSSOVER
-    use_split_point: bool = USE_SPLIT_POINT
-    use_attraction: bool = USE_ATTRACTION
-    use_mirroring: bool = USE_MIRRORING
-    schedule: int = 0  # children over which σ falls; 0: to the end of the first `evolve`
-    eval_batch_size: int = 0  # images evaluated at a time; 0: 10,000 on a CPU, for its caches, all on a GPU
-    initial_models: InitVar[Sequence[nn.Module]] = ()
-    seed: int = SEED
-
-    def __post_init__(self, initial_models: Sequence[nn.Module]) -> None:
-        for name in ACCEPTED.keys() & vars(self).keys():
-            setattr(self, name, checked(name, getattr(self, name)))
-        images, labels = checked_examples("train", self.train_images, self.train_labels)
-        test = checked_examples("test", self.test_images, self.test_labels)
+    def __init__(
+        self,
+        model: nn.Module,
+        train_images: Tensor | np.ndarray,
+        train_labels: Tensor | np.ndarray,
+        test_images: Tensor | np.ndarray,
+        test_labels: Tensor | np.ndarray,
+        *,
+        archive_size: int = ARCHIVE_SIZE,
+        score: str = SCORE,
+        temperature: float = TEMPERATURE,
+        alpha: float = ALPHA,
+        init_std: float = INIT_STD,
+        mutation_std: float = MUTATION_STD,
+        final_mutation_std: float = FINAL_MUTATION_STD,
+        prior_std: float = PRIOR_STD,
+        use_crossover: bool = USE_CROSSOVER,
+        use_split_point: bool = USE_SPLIT_POINT,
+        use_attraction: bool = USE_ATTRACTION,
+        use_mirroring: bool = USE_MIRRORING,
+        schedule: int = 0,  # children over which σ falls; 0: to the end of the first `evolve`
+        eval_batch_size: int = 0,  # images evaluated at a time; 0: 10,000 on a CPU, for its caches, all on a GPU
+        initial_models: Sequence[nn.Module] = (),
+        seed: int = SEED,
+    ) -> None:
+        arguments = dict(locals())
+        for name in ACCEPTED.keys() & arguments.keys():
+            setattr(self, name, checked(name, arguments[name]))
+        images, labels = checked_examples("train", train_images, train_labels)
+        test = checked_examples("test", test_images, test_labels)
         if test[0].shape[1:] != images.shape[1:]:
             raise ValueError(f"test_images is {tuple(test[0].shape)}, accepted is {('examples', *images.shape[1:])}")
         self.test_images, self.test_labels = test[0].to(images), test[1].to(images.device)
         self.class_sizes = labels.bincount(minlength=int(self.test_labels.max()) + 1)  # (classes,), of all processes
         rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.train_images = images.tensor_split(processes)[rank].contiguous()
-        self.train_labels = labels.tensor_split(processes)[rank].to(images.device)
+        self.train_images, self.train_labels = (whole.tensor_split(processes)[rank] for whole in (images, labels))
         self.eval_batch_size = self.eval_batch_size or (len(images) if images.is_cuda else 10_000)
-        self.model = checked_model(self.model, self.test_images, len(self.class_sizes))
+        self.model = checked_model(model, self.test_images, len(self.class_sizes))
         self._random = {"device": images.device, "generator": torch.Generator(images.device).manual_seed(self.seed)}
         self._fill_archive(initial_models)
 
     def __getstate__(self) -> dict:
-        return deepcopy(vars(self))  # a pool of processes puts the tensors that it is given into memory that they share
+        return deepcopy(vars(self))  # or a pool of processes would write into these tensors, by memory that they share
 
     def _fill_archive(self, initial_models: Sequence[nn.Module]) -> None:
         """Empty slots, into which the initial models, or two random ones, are put like children."""
@@ -278,13 +276,13 @@ class M2N2:
             initial = [get_params(model).view(params) for model in initial_models]
         except Exception as error:
             raise ValueError(f"initial_models is no list of models like model, of {params} parameters each") from error
-        # A row holds a model and its scores, the last one the child's. That is copied onto the row that goes, itself if
-        # the child loses: no branch, and no interrupt can leave a model with another's scores.
+        # A row is a model and its scores, the last one the child's. It overwrites the worst row, which may be itself:
+        # no branch, and no interrupt can leave a model with another's scores.
         shape = self.archive_size + 1, params + len(self.train_labels)
         self._rows = torch.zeros(shape, device=self.train_images.device)
         self._base, self._noise = self._rows.new_zeros(2, params)  # of the last mutation
         self._retry = self._rows.new_zeros(1, dtype=torch.bool)  # whether that is to be mirrored
-        self._sigma, self._kept = self._rows.new_tensor([[self.mutation_std], [1]])  # set by `evolve` for each child
+        self._sigma, self._kept = self._rows.new_tensor([[self.mutation_std], [1]])  # σ, and the factor on the child
         self._accepted = self._rows.new_zeros(1)  # children since the last row of history
         self.iteration, self.history = 0, []
         for vector in initial or [self.init_std * torch.randn(params, **self._random) for _ in range(2)]:
@@ -293,13 +291,8 @@ class M2N2:
         self._accepted.zero_()
         self._retry.zero_()
 
-    @property
-    def archive(self) -> Tensor:
-        return self._rows[:-1, : len(self._base)]
-
-    @property
-    def scores(self) -> Tensor:
-        return self._rows[:-1, len(self._base) :]
+    archive = property(lambda self: self._rows[:-1, : len(self._base)])  # (archive, params)
+    scores = property(lambda self: self._rows[:-1, len(self._base) :])  # (archive, examples of this process)
 
     def evolve(self, iterations: int, test_every: int = TEST_EVERY, after_child: Callable = lambda m2n2: False) -> None:
         """Make `iterations` more children, or until `after_child(self)` is true; every `test_every`, extend `history`.
@@ -309,11 +302,11 @@ class M2N2:
         test_every, first = checked("test_every", test_every), self.iteration
         end = first + checked("iterations", iterations)
         self.schedule = self.schedule or end
-        make_child, captured_at = self._step, first + 3 if self._rows.is_cuda else end
+        make_child, captured_at = self._step, first + 3 if self._rows.is_cuda else end  # libraries set up at first use
         options = {"initial": first, "mininterval": 0.1 if sys.stderr.isatty() else 10}  # seconds; a log is to be short
         with tqdm(None, "Evolving Models", end, disable=rank_zero_only.rank > 0, **options) as bar:
             while self.iteration < end:
-                if self.iteration == captured_at:  # what libraries set up at first use cannot be captured
+                if self.iteration == captured_at:
                     make_child = captured_step(self)
                 wave = (1 + np.cos(np.pi * min(self.iteration, self.schedule) / self.schedule)) / 2  # from 1 to 0
                 sigma = self.final_mutation_std + (self.mutation_std - self.final_mutation_std) * wave
@@ -370,9 +363,9 @@ class M2N2:
         """child + σ N(0, 1), or, with a prior, child · √(1 - (σ / prior_std)²) + σ N(0, 1).
 
         The second is the Crank-Nicolson proposal (Neal 1998; Cotter, Roberts, Stuart, White 2013), which leaves
-        N(0, prior_std²) unchanged. Mirrored mutation (Brockhoff et al. 2010, sequential): if the child before lost its
-        place at once, it is tried again, with the same crossover and the opposite noise; not a third time. The new
-        crossover is then made in vain: a branch would make the host wait.
+        N(0, prior_std²) unchanged. Mirrored mutation (Brockhoff et al. 2010, sequential): a child that lost at once is
+        tried once more, with the same crossover and the opposite noise. The crossover made meanwhile is then of no use:
+        a branch would make the host wait.
         """
         noise = self._sigma * torch.randn(len(child), **self._random)
         if self.use_mirroring:
@@ -461,8 +454,7 @@ class M2N2:
 
     def test_accuracy(self, models: Tensor) -> float:
         """Test accuracy of the mean of the probabilities of some models `(models, params)`."""
-        logits = (self.logits(params, self.test_images) for params in models)
-        probabilities = sum((x / self.temperature).softmax(dim=0) for x in logits)
+        probabilities = sum((self.logits(x, self.test_images) / self.temperature).softmax(dim=0) for x in models)
         return (margins(probabilities, self.test_labels) > 0).sum().item() / len(self.test_labels)
 
     def state_dict(self) -> dict:
@@ -478,7 +470,7 @@ class M2N2:
         if state["archive"].shape != self.archive.shape:
             raise ValueError(f"state is of {tuple(state['archive'].shape)}, accepted is {tuple(self.archive.shape)}")
         for row, params in enumerate(state["archive"].to(self._rows.device)):
-            self._evaluate(params.clone())  # aligned as the child was, on which a product's last bits may hang
+            self._evaluate(params.clone())  # aligned as the child was: a product's last bits may depend on it
             self._rows[row] = torch.where(params.any(), self._rows[-1], 0)  # an empty slot's scores are zeros too
         for name in ("accepted", "base", "noise", "retry"):
             getattr(self, "_" + name).copy_(state[name])
@@ -494,7 +486,7 @@ def captured_step(m2n2: M2N2) -> Callable[[], None]:
     try:
         if torch.__version__ < "2.14":  # from there on a generator is registered on its first use
             graph.register_generator_state(generator)
-        before = torch.cuda.stream(torch.cuda.current_stream(device))  # to which a failed capture would not return
+        before = torch.cuda.stream(torch.cuda.current_stream(device))  # a failed capture does not restore it
         options = {"stream": torch.cuda.Stream(device), "capture_error_mode": "thread_local"}
         with torch.cuda.device(device), before, torch.cuda.graph(graph, **options):
             m2n2._step()
@@ -541,16 +533,16 @@ def plot_evolution(histories: Sequence[list[dict]], niches: Tensor, path: Path) 
     image = right.imshow(difference, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit)
     right.set(xlabel="class", ylabel="archive member", title="Niches: training accuracy", xticks=range(niches.shape[1]))
     figure.colorbar(image, label="points above the mean")
-    atomic_save(partial(figure.savefig, dpi=200), path)
+    atomic_save(partial(figure.savefig, format="png", dpi=200), path)
 
 
 # --- What is accepted, said once for the classes above, the constants, the flags and --help ---
-RULES = {  # type, then its range or its choices, of which names
-    (int, 0, 3 * 10**9): ("seed",),  # with any number of runs below 2**32, where NumPy's end
-    (int, 1, 10**9): ("runs", "iterations", "test_every", "hidden_dim"),
-    (int, 0, 10**9): ("schedule", "eval_batch_size"),
+RULES = {  # (type, lowest, highest) or (type, *choices): the names it holds for
+    (int, 0, 10**9): ("seed", "schedule", "eval_batch_size"),
+    (int, 1, 10**9): ("runs", "iterations", "test_every"),
+    (int, 1, 10**5): ("hidden_dim",),
     (int, 1, 28): ("crop_size", "image_size"),
-    (int, 2, 10**6): ("archive_size",),
+    (int, 2, 10**4): ("archive_size",),
     (float, 1e-3, 1e3): ("temperature",),
     (float, 0.0, 3.0): ("alpha",),
     (float, 1e-12, 1e30): ("init_std",),
@@ -606,14 +598,14 @@ def checked(name: str, value: object) -> int | float | bool | str:
 
 def checked_examples(split: str, images: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
     """Both as tensors; ValueError that names what cannot be used."""
-    images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+    images, labels = torch.as_tensor(images).contiguous(), torch.as_tensor(labels)
     if not (images.is_floating_point() and images.dim() and len(images) and images.isfinite().all()):
         found = f"{images.dtype} {tuple(images.shape)}, with {(~images.isfinite()).sum()} that are NaN or infinite"
         raise ValueError(f"{split}_images is {found}, accepted is floating-point (examples, ...), all finite")
     if labels.dtype != torch.long or labels.shape != images.shape[:1] or labels.min() < 0:
         accepts = f"int64 ({len(images)},) from 0 up"
         raise ValueError(f"{split}_labels is {labels.dtype} {tuple(labels.shape)}, accepted is {accepts}")
-    return images, labels
+    return images, labels.to(images.device)
 
 
 @torch.no_grad()
@@ -648,7 +640,9 @@ def parse_constants(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
     flags = vars(parser.parse_args(argv))
     try:
         flags = {name: checked(name, text) for name, text in flags.items()}
-        return argparse.Namespace(**{name: checked(name, value) for name, value in file.items()} | flags), flags
+        constants = argparse.Namespace(**{name: checked(name, value) for name, value in file.items()} | flags)
+        checked("SEED", constants.SEED + constants.RUNS - 1)  # the last run's
+        return constants, flags
     except ValueError as error:
         parser.exit(2, f"Error: {error}\n")
 
@@ -724,7 +718,7 @@ def run(
 ) -> tuple[M2N2, Path]:
     """A run from its folder to its last checkpoint: what evolved, and the folder."""
     folder = Path(constants.RESUME or fabric.broadcast(new_folder(constants.OUTPUT_DIR)))
-    settings = {n.lower(): x for n, x in vars(constants).items() if n.lower() in M2N2.__dataclass_fields__}
+    settings = {n.lower(): x for n, x in vars(constants).items() if n.lower() in M2N2.__init__.__annotations__}
     model, examples = MLP(constants.IMAGE_SIZE**2, constants.HIDDEN_DIM), (x.to(fabric.device) for x in data.examples)
     m2n2 = M2N2(model, *examples, **settings | {"schedule": constants.ITERATIONS})
     if state:
@@ -765,7 +759,7 @@ def report(fabric: Fabric, m2n2: M2N2, histories: list[list[dict]], folder: Path
     plot_evolution(histories, m2n2.class_accuracies().cpu(), folder / "evolution.png")
     accuracy, end = m2n2.test_accuracy(m2n2.best_params()[None]), "Evolution finished."
     if m2n2.iteration < m2n2.schedule:
-        end = f"Evolution interrupted at iteration {m2n2.iteration}. To go on, add nothing but --resume {folder}"
+        end = f"Evolution interrupted at iteration {m2n2.iteration}. To go on, give no flag but --resume {folder}"
     fabric.print(f"Test accuracy of the archive as an ensemble: {m2n2.test_accuracy(m2n2.archive):.2%}")
     fabric.print(f"Files: {folder}\n{end}\nFinal Test Accuracy of the best model: {accuracy:.2%}", flush=True)
     return accuracy

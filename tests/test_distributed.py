@@ -63,7 +63,7 @@ def test_interrupted_and_resumed(data_dir: Path, main: Callable) -> None:
         out, error = process.communicate(timeout=300)
         reached = checkpoint(RUN)["m2n2"]["iteration"]
         assert process.returncode != 0 and reached % 50 == 0 and reached >= least, error
-        assert f"Evolution interrupted at iteration {reached}. To go on, add nothing but --resume {RUN}\n" in out
+        assert f"Evolution interrupted at iteration {reached}. To go on, give no flag but --resume {RUN}\n" in out
         assert ("For the other runs, add --seed 43 --runs 1\n" in out) == first and "Final Test Accuracy" in out
         flags, least = [f"--resume={RUN}"], reached + 100
 

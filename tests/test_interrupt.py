@@ -13,7 +13,7 @@ from conftest import RUN, SECOND, at_call, checkpoint, ctrl_c, same_end, small, 
 import m2n2_mnist as script
 from m2n2_mnist import M2N2
 
-GO_ON = "To go on, add nothing but "
+GO_ON = "To go on, give no flag but "
 OTHERS = "For the other runs, add "
 
 

@@ -61,6 +61,7 @@ LEARN = {  # models whose logits depend on all that they are given
     "MLP": lambda: MLP(12, 5, 3),
     "frozen": lambda: flat(nn.Linear(12, 3)).requires_grad_(False),
     "convolutional": convolutional,
+    "channels last": lambda: convolutional().to(memory_format=torch.channels_last),
     "tied": Tied,
     "LSTM": Recurrent,
     "spectral norm": lambda: flat(nn.utils.parametrizations.spectral_norm(nn.Linear(12, 3))),
