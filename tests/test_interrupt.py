@@ -52,7 +52,8 @@ def test_terminated_and_resumed(data_dir: Path, main: Callable) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_second_signal_ends_at_once(data_dir: Path, number: int) -> None:
     """Here where the best model is written, which a pipe without a reader makes last for ever."""
-    process = spawn(*small(data_dir=data_dir, iterations=10**8), launcher=("-u",))
+    as_in_a_terminal = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # CI may ignore it
+    process = spawn(*small(data_dir=data_dir, iterations=10**8), launcher=("-u",), **as_in_a_terminal)
     wait_for_iteration(process, 20)
     os.mkfifo(RUN / "best_model.tmp")
     process.send_signal(number)
