@@ -82,7 +82,7 @@ def slerp(t: float | Tensor, a: Tensor, b: Tensor) -> Tensor:
     """
     omega = torch.acos(torch.dot(a, b) / (a.norm() * b.norm()))
     omega = omega.nan_to_num(0)  # zero vectors have no angle, and rounding may take a cosine beyond 1
-    omega = omega.masked_fill(omega.sin() < 1e-3, 1e-4)  # float32 resolves no smaller one
+    omega = omega.masked_fill(omega.sin() < 1e-3, 1e-4)  # so tiny an angle is linear; float32 has no smaller one
     sin = omega.sin()
     return ((1 - t) * omega).sin() / sin * a + (t * omega).sin() / sin * b
 
@@ -396,7 +396,7 @@ class M2N2:
         """f_i = Σ_j s_ij / z_j^α, 0 where z_j = 0, `(models,)`, and what an example pays, 1 / z_j^α, `(examples,)`."""
         rewards = scores.nansum(dim=0).clamp_(min=1e-12).pow_(-self.alpha)
         # Equal rows must have equal sums: a matrix product need not give them, nor CUDA to rows whose starts are not
-        # all multiples of four numbers, so each is made that long.
+        # all multiples of four numbers, so all are padded to one.
         paid = nn.functional.pad(scores * rewards, (0, -len(rewards) % 4))
         return all_reduce(paid.sum(dim=1)), rewards
 
@@ -663,7 +663,7 @@ def resume(constants: argparse.Namespace, flags: dict[str, object]) -> dict:
         allowed = name in ("RESUME", "DATA_DIR", "OUTPUT_DIR") or (name == "ITERATIONS" and value > run[name])
         if value != run[name] and not allowed:
             raise UserError(f"{name} is {value!r}, but {run[name]!r} in the run to RESUME, which goes on as it was.")
-    vars(constants).update(run | flags, RESUME=constants.RESUME)
+    vars(constants).update(run | flags, RESUME=constants.RESUME)  # which the file may name, not a flag
     return checkpoint
 
 
