@@ -725,7 +725,7 @@ def run(
     if state:
         with explained(f"{folder} is of another model", "RESUME it with the script that lies in it."):
             m2n2.load_state_dict(state)
-    logger, logged = CSVLogger(folder, "", "", flush_logs_every_n_steps=1), []  # its rows are written anew if resumed
+    logger, logged = CSVLogger(folder, "", ""), []  # its rows are written anew if resumed
     logger.log_hyperparams(vars(constants))
     kept = {"constants": vars(constants) | {"RUNS": 1, "DATA_DIR": os.path.abspath(constants.DATA_DIR)}}
 
