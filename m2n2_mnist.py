@@ -66,7 +66,7 @@ ALPHA = 1.0  # competition: 1 shares each example among its models, 0 is none
 INIT_STD = 0.01  # standard deviation of the two random models at the start
 MUTATION_STD = 0.005  # σ, standard deviation of the mutation, at the start of a run; the paper's 0.01
 FINAL_MUTATION_STD = 0.001  # σ at its end; the paper's is constant
-PRIOR_STD = 0.2  # larger than σ; mutation holds weights that no fitness sees within it; 0: not, as in the paper
+PRIOR_STD = 0.2  # mutation shrinks weights so that those no fitness sees stay N(0, PRIOR_STD²); above σ; 0: off (paper)
 USE_CROSSOVER = True  # False: a child is a mutated copy of its first parent
 USE_SPLIT_POINT = True  # False: one SLERP over the whole vector
 USE_ATTRACTION = True  # False: both parents are drawn by fitness
@@ -77,12 +77,11 @@ USE_MIRRORING = True  # a child that loses is tried again with the opposite muta
 def slerp(t: float | Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Spherical interpolation sin((1 - t) Ω) / sin Ω · a + sin(t Ω) / sin Ω · b, `(params,)`; Ω is their angle.
 
-    `t` is a number, or a tensor `(params,)` with one for each parameter. Where Ω is of no use, as for parallel,
-    opposite and zero vectors, it is the linear interpolation, which is that of a tiny Ω.
+    `t` is a number, or a tensor that broadcasts to `(params,)`. Where Ω is undefined or too small to divide by its sine
+    (zero, parallel or opposite vectors), the interpolation is linear, as it is for a tiny Ω.
     """
     omega = torch.acos(torch.dot(a, b) / (a.norm() * b.norm()))
-    omega = omega.nan_to_num(0)  # zero vectors have no angle, and rounding may take a cosine beyond 1
-    omega = omega.masked_fill(omega.sin() < 1e-3, 1e-4)  # so tiny an angle is linear; float32 has no smaller one
+    omega = torch.where(omega.sin() >= 1e-3, omega, 1e-4)  # false for NaN: a zero vector, or a cosine rounded beyond 1
     sin = omega.sin()
     return ((1 - t) * omega).sin() / sin * a + (t * omega).sin() / sin * b
 
@@ -97,7 +96,7 @@ def set_params(model: nn.Module, params: Tensor) -> None:
     present = get_params(model)
     if params.shape != present.shape:
         raise ValueError(f"the model has {len(present)} parameters, not {tuple(params.shape)}")
-    nn.utils.vector_to_parameters(present.copy_(params), model.parameters())
+    nn.utils.vector_to_parameters(present.copy_(params), model.parameters())  # which become views of the vector given
 
 
 # --- Model ---
@@ -111,7 +110,7 @@ class MLP(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         hidden = self.hidden(images.flatten(1)).relu_()
-        # self.output(hidden) with the logits of a class side by side in memory: what follows is twice as fast.
+        # self.output(hidden), laid out class by class: the softmax and the gather that follow are twice as fast.
         return torch.addmm(self.output.bias[:, None], self.output.weight, hidden.T).T
 
 
@@ -139,8 +138,8 @@ class MNISTDataModule(LightningDataModule):
 
     `train_images` and `test_images` are float32 `(examples, 1, image_size, image_size)`, less the mean training image
     and over the training set's standard deviation; `train_labels` and `test_labels` are int64 `(examples,)`.
-    `examples` are the four in this order, as `M2N2` takes them; `checksum` is that of all pixels and labels and of what
-    is done to them. ValueError for arguments that are not accepted, UserError for files that cannot be had or read.
+    `examples` are these four in the order in which `M2N2` takes them. `checksum` covers pixels, labels and how they are
+    preprocessed. ValueError for arguments that are not accepted, UserError for files that cannot be downloaded or read.
     """
 
     def __init__(
@@ -184,10 +183,13 @@ class MNISTDataModule(LightningDataModule):
         return images, labels
 
     def _preprocessed(self, images: Tensor) -> Tensor:
-        """The pixels' values, 0 to 1, of the images deskewed, cropped and averaged; some at a time, for the memory."""
-        parts = (part[:, None] / 255 for part in images.split(5_000))
-        parts = (center_crop(deskew(part) if self.deskew else part, self.crop_size) for part in parts)
-        return torch.cat([nn.functional.adaptive_avg_pool2d(part, self.image_size) for part in parts])
+        """Pixel values from 0 to 1, deskewed, cropped and averaged, `(examples, 1, image_size, image_size)`."""
+        preprocessed = []
+        for part in images.split(5_000):  # for less memory
+            pixels = part[:, None] / 255
+            pixels = center_crop(deskew(pixels) if self.deskew else pixels, self.crop_size)
+            preprocessed.append(nn.functional.adaptive_avg_pool2d(pixels, self.image_size))
+        return torch.cat(preprocessed)
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(TensorDataset(self.train_images, self.train_labels), self.batch_size, shuffle=True)
@@ -198,16 +200,16 @@ class MNISTDataModule(LightningDataModule):
 
 # --- M2N2 ---
 def all_reduce(values: Tensor) -> Tensor:
-    """Sum these, in place, over the processes, each with its part of the examples."""
+    """Sum the values in place over all processes, each of which holds a part of the training examples."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """The true class's logit less the highest other, `(examples,)`, for logits `(classes, examples)`.
+    """The true class's logit minus the highest other, `(examples,)`, for logits `(classes, examples)`.
 
-    An example counts as classified correctly, in scores as in accuracies, where this is above 0: a tie is an error.
+    An example is classified correctly, for scores as for accuracies, where its margin is above 0: a tie is an error.
     """
     return logits.gather(0, labels[None])[0] - logits.scatter(0, labels[None], -torch.inf).amax(dim=0)
 
@@ -217,10 +219,11 @@ class M2N2:
 
     Takes any `model` from floating-point images `(examples, ...)` to logits `(examples, classes)`, and int64 labels;
     ValueError for what it cannot take. A copy of the model is evaluated, on the training images' device, in their
-    precision and as after `model.eval()`; all parameters evolve, frozen ones too, buffers stay. The archive, float32,
-    starts as K empty slots (zeros), into which `initial_models`, by default two random ones, are put like children.
-    Under torch.distributed each process holds it whole, and its part of the training examples. Symbols are the paper's:
-    s_ij in [0, 1] is the score of model i on training example j, z_j = Σ_i s_ij, f_i the fitness of model i.
+    precision and in evaluation mode; all parameters evolve, frozen ones too, and buffers stay. The archive, float32,
+    starts as K empty slots (zeros); `initial_models`, by default two random ones, then enter it like children. Under
+    torch.distributed every process holds the whole archive and its own part of the training examples; as all draw the
+    same random numbers and fitness is summed over them, all make the same choices. Symbols are the paper's: s_ij in
+    [0, 1] is the score of model i on training example j, z_j = Σ_i s_ij, and f_i the fitness of model i.
 
     Attributes: the arguments, `archive`, `scores`, `iteration` (children so far), `history` (rows that `evolve` made).
     """
@@ -251,7 +254,7 @@ class M2N2:
         seed: int = SEED,
     ) -> None:
         arguments = dict(locals())
-        for name in ACCEPTED.keys() & arguments.keys():
+        for name in ACCEPTED.keys() & arguments.keys():  # self.archive_size to self.seed; the others follow
             setattr(self, name, checked(name, arguments[name]))
         images, labels = checked_examples("train", train_images, train_labels)
         test = checked_examples("test", test_images, test_labels)
@@ -263,11 +266,13 @@ class M2N2:
         self.train_images, self.train_labels = (whole.tensor_split(processes)[rank] for whole in (images, labels))
         self.eval_batch_size = self.eval_batch_size or (len(images) if images.is_cuda else 10_000)
         self.model = checked_model(model, self.test_images, len(self.class_sizes))
-        self._random = {"device": images.device, "generator": torch.Generator(images.device).manual_seed(self.seed)}
+        self._generator = torch.Generator(images.device).manual_seed(self.seed)
         self._fill_archive(initial_models)
 
     def __getstate__(self) -> dict:
-        return deepcopy(vars(self))  # or a pool of processes would write into these tensors, by memory that they share
+        return deepcopy(
+            vars(self)
+        )  # torch pickles tensors for other processes as shared memory, which all would change
 
     def _fill_archive(self, initial_models: Sequence[nn.Module]) -> None:
         """Empty slots, into which the initial models, or two random ones, are put like children."""
@@ -276,23 +281,26 @@ class M2N2:
             initial = [get_params(model).view(params) for model in initial_models]
         except Exception as error:
             raise ValueError(f"initial_models is no list of models like model, of {params} parameters each") from error
-        # A row is a model and its scores, the last one the child's. It overwrites the worst row, which may be itself:
-        # no branch, and no interrupt can leave a model with another's scores.
+        # All that a step changes are tensors updated in place, so that a CUDA graph can replay it. A row holds a model
+        # and its scores; the last row is the child's. It is copied over the worst row, maybe itself: that needs no
+        # branch, and no interrupt can leave a model with another's scores.
         shape = self.archive_size + 1, params + len(self.train_labels)
         self._rows = torch.zeros(shape, device=self.train_images.device)
-        self._base, self._noise = self._rows.new_zeros(2, params)  # of the last mutation
-        self._retry = self._rows.new_zeros(1, dtype=torch.bool)  # whether that is to be mirrored
-        self._sigma, self._kept = self._rows.new_tensor([[self.mutation_std], [1]])  # σ, and the factor on the child
-        self._accepted = self._rows.new_zeros(1)  # children since the last row of history
+        self._unmutated, self._noise = self._rows.new_zeros(2, params)  # the last child before mutation, and its noise
+        self._retry = self._rows.new_zeros(1, dtype=torch.bool)  # whether the next child is that one with -noise
+        self._sigma, self._shrink = self._rows.new_tensor([[self.mutation_std], [1]])  # set by `evolve` before a step
+        self._accepted = self._rows.new_zeros(1)  # children that entered the archive since the last row of history
         self.iteration, self.history = 0, []
-        for vector in initial or [self.init_std * torch.randn(params, **self._random) for _ in range(2)]:
+        empty = self._noise.new_empty
+        random = (empty(params).normal_(0, self.init_std, generator=self._generator) for _ in range(2))
+        for vector in initial or random:
             self._evaluate(vector.to(self._rows))
             self._update_archive()
         self._accepted.zero_()
         self._retry.zero_()
 
-    archive = property(lambda self: self._rows[:-1, : len(self._base)])  # (archive, params)
-    scores = property(lambda self: self._rows[:-1, len(self._base) :])  # (archive, examples of this process)
+    archive = property(lambda self: self._rows[:-1, : len(self._unmutated)])  # (archive, params)
+    scores = property(lambda self: self._rows[:-1, len(self._unmutated) :])  # (archive, examples of this process)
 
     def evolve(self, iterations: int, test_every: int = TEST_EVERY, after_child: Callable = lambda m2n2: False) -> None:
         """Make `iterations` more children, or until `after_child(self)` is true; every `test_every`, extend `history`.
@@ -302,16 +310,17 @@ class M2N2:
         test_every, first = checked("test_every", test_every), self.iteration
         end = first + checked("iterations", iterations)
         self.schedule = self.schedule or end
-        make_child, captured_at = self._step, first + 3 if self._rows.is_cuda else end  # libraries set up at first use
-        options = {"initial": first, "mininterval": 0.1 if sys.stderr.isatty() else 10}  # seconds; a log is to be short
-        with tqdm(None, "Evolving Models", end, disable=rank_zero_only.rank > 0, **options) as bar:
+        make_child = self._step
+        captured_at = first + 3 if self._rows.is_cuda else end  # after three steps, in which CUDA's libraries set up
+        bar = {"desc": "Evolving Models", "initial": first, "total": end, "disable": rank_zero_only.rank > 0}
+        with tqdm(**bar, mininterval=0.1 if sys.stderr.isatty() else 10) as bar:  # seconds; a log is to be short
             while self.iteration < end:
                 if self.iteration == captured_at:
                     make_child = captured_step(self)
-                wave = (1 + np.cos(np.pi * min(self.iteration, self.schedule) / self.schedule)) / 2  # from 1 to 0
-                sigma = self.final_mutation_std + (self.mutation_std - self.final_mutation_std) * wave
+                cosine = (1 + np.cos(np.pi * min(self.iteration, self.schedule) / self.schedule)) / 2  # from 1 to 0
+                sigma = self.final_mutation_std + (self.mutation_std - self.final_mutation_std) * cosine
                 self._sigma.fill_(sigma)
-                self._kept.fill_(max(0, 1 - (sigma / self.prior_std) ** 2) ** 0.5 if self.prior_std else 1)
+                self._shrink.fill_(max(0, 1 - (sigma / self.prior_std) ** 2) ** 0.5 if self.prior_std else 1)
                 make_child()
                 self.iteration += 1
                 bar.update()
@@ -345,7 +354,7 @@ class M2N2:
 
         By exponential clocks: the i-th rings after Exp(1) / chances_i, and that is the probability to ring first.
         """
-        waiting = torch.empty_like(chances).exponential_(generator=self._random["generator"])
+        waiting = torch.empty_like(chances).exponential_(generator=self._generator)
         return torch.argmax(chances / waiting, dim=0, keepdim=True)
 
     def _crossover(self, parent_a: Tensor, parent_b: Tensor) -> Tensor:
@@ -353,9 +362,9 @@ class M2N2:
         a, b = self.archive.index_select(0, torch.cat([parent_a, parent_b]))
         if not self.use_crossover:
             return a
-        w = torch.rand(1, **self._random)
+        w = torch.rand(1, device=a.device, generator=self._generator)
         if self.use_split_point:
-            split_point = torch.randint(len(a), (1,), **self._random)
+            split_point = torch.randint(len(a), (1,), device=a.device, generator=self._generator)
             w = torch.where(torch.arange(len(a), device=a.device) < split_point, w, 1 - w)
         return slerp(w, a, b)
 
@@ -363,15 +372,17 @@ class M2N2:
         """child + σ N(0, 1), or, with a prior, child · √(1 - (σ / prior_std)²) + σ N(0, 1).
 
         The second is the Crank-Nicolson proposal (Neal 1998; Cotter, Roberts, Stuart, White 2013), which leaves
-        N(0, prior_std²) unchanged. Mirrored mutation (Brockhoff et al. 2010, sequential): a child that lost at once is
-        tried once more, with the same crossover and the opposite noise. The crossover made meanwhile is then of no use:
-        a branch would make the host wait.
+        N(0, prior_std²) unchanged. Mirrored mutation (Brockhoff et al. 2010, sequential): after a child that did not
+        enter the archive comes the same one with the opposite noise, once, and the `child` given is discarded: not to
+        have made it would take a branch, for which the host had to wait.
         """
-        noise = self._sigma * torch.randn(len(child), **self._random)
+        noise = self._sigma * torch.randn(len(child), device=child.device, generator=self._generator)
         if self.use_mirroring:
-            child = self._base.copy_(torch.where(self._retry, self._base, child))
-            noise = self._noise.copy_(torch.where(self._retry, -self._noise, noise))
-        return self._kept * child + noise
+            child = torch.where(self._retry, self._unmutated, child)
+            noise = torch.where(self._retry, -self._noise, noise)
+            self._unmutated.copy_(child)
+            self._noise.copy_(noise)
+        return self._shrink * child + noise
 
     def _evaluate(self, child: Tensor) -> None:
         """Fill the child's row; s_j is softmax(logits / temperature) of the true class, or 0/1; NaN if it overflows."""
@@ -380,7 +391,7 @@ class M2N2:
             scores = (logits / self.temperature).softmax(dim=0).gather(0, self.train_labels[None])[0]
         else:
             margin = margins(logits, self.train_labels)
-            scores = torch.where(margin.isfinite(), (margin > 0).float(), torch.nan)
+            scores = torch.where(margin.isfinite(), (margin > 0).float(), torch.nan)  # NaN as by the softmax
         torch.cat([child, scores], out=self._rows[-1])
 
     @torch.no_grad()
@@ -389,20 +400,22 @@ class M2N2:
         own = dict(self.model.named_parameters())
         parts = params.to(images.dtype).split([parameter.numel() for parameter in own.values()])
         views = {name: part.view_as(own[name]) for name, part in zip(own, parts, strict=True)}
-        batches = images.split(self.eval_batch_size)  # what a layer of one used is in the caches for the next
+        batches = images.split(self.eval_batch_size)  # small enough to stay in a CPU's caches from layer to layer
         return torch.cat([functional_call(self.model, views, batch).T.float() for batch in batches], dim=1)
 
     def _update_fitness(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """f_i = Σ_j s_ij / z_j^α, 0 where z_j = 0, `(models,)`, and what an example pays, 1 / z_j^α, `(examples,)`."""
-        rewards = scores.nansum(dim=0).clamp_(min=1e-12).pow_(-self.alpha)
-        # Equal rows must have equal sums: a matrix product need not give them, nor CUDA to rows whose starts are not
-        # all multiples of four numbers, so all are padded to one.
+        rewards = (
+            scores.nansum(dim=0).clamp_(min=1e-12).pow_(-self.alpha)
+        )  # the NaN of a child that overflowed is its own
+        # Identical models must tie, or rounding would choose among them. A matrix product does not guarantee that, nor
+        # does a sum on CUDA unless all rows start at multiples of four numbers: hence the padding.
         paid = nn.functional.pad(scores * rewards, (0, -len(rewards) % 4))
         return all_reduce(paid.sum(dim=1)), rewards
 
     def _update_archive(self) -> None:
-        """The worst of the K + 1 goes: the first of equals, and before any number NaN, a child that overflowed."""
-        fitness, _ = self._update_fitness(self._rows[:, len(self._base) :])
+        """The worst of the K + 1 models goes: a child that overflowed, whose fitness is NaN, or the first of equals."""
+        fitness, _ = self._update_fitness(self._rows[:, len(self._unmutated) :])
         worst = torch.argmin(fitness, dim=0, keepdim=True)
         self._rows.index_copy_(0, worst, self._rows[-1:].clone())
         entered = worst < self.archive_size
@@ -417,9 +430,11 @@ class M2N2:
         Kuncheva & Whitaker 2003), `acceptance` that of the children since the last row which entered the archive.
         """
         right, examples = self._right(), self.class_sizes.sum().item()
-        members, known_by = self.archive.any(dim=1).sum().item(), right.sum(dim=0)  # (examples,)
+        known_by = right.sum(dim=0)  # how many members, (examples,)
+        members = self.archive.any(dim=1).sum().item()
         disagreements = all_reduce((known_by * (members - known_by)).sum()).item()
-        accepted, since = self._accepted.item(), self.iteration - (self.history[-1]["iteration"] if self.history else 0)
+        previous = self.history[-1]["iteration"] if self.history else 0
+        accepted = self._accepted.item()
         self._accepted.zero_()
         return {
             "iteration": self.iteration,
@@ -428,7 +443,7 @@ class M2N2:
             "test_acc": self.test_accuracy(self.best_params(right)[None]),
             "coverage": all_reduce((known_by > 0).sum()).item() / examples,
             "diversity": disagreements / examples / max(1, members * (members - 1) / 2),
-            "acceptance": accepted / since,
+            "acceptance": accepted / (self.iteration - previous),
         }
 
     def _right(self) -> Tensor:
@@ -459,42 +474,43 @@ class M2N2:
 
     def state_dict(self) -> dict:
         """All that `load_state_dict` needs to go on as if nothing had happened."""
-        tensors = {name: getattr(self, "_" + name).clone() for name in ("accepted", "base", "noise", "retry")}
-        random = {"generator": self._random["generator"].get_state()}
+        tensors = {name: getattr(self, "_" + name).clone() for name in ("accepted", "unmutated", "noise", "retry")}
+        random = {"generator": self._generator.get_state()}
         progress = {"iteration": self.iteration, "schedule": self.schedule, "history": list(self.history)}
         return {"archive": self.archive.clone()} | tensors | random | progress
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Take up the state of an equal M2N2; the scores are computed anew. A schedule of its own is kept."""
+        """Go on from the state of an equal M2N2; scores are computed anew. A schedule that this one has is kept."""
         if state["archive"].shape != self.archive.shape:
             raise ValueError(f"state is of {tuple(state['archive'].shape)}, accepted is {tuple(self.archive.shape)}")
         for row, params in enumerate(state["archive"].to(self._rows.device)):
-            self._evaluate(params.clone())  # aligned as the child was: a product's last bits may depend on it
+            self._evaluate(
+                params.clone()
+            )  # in memory of its own, as a child is: its alignment may change the last bits
             self._rows[row] = torch.where(params.any(), self._rows[-1], 0)  # an empty slot's scores are zeros too
-        for name in ("accepted", "base", "noise", "retry"):
+        for name in ("accepted", "unmutated", "noise", "retry"):
             getattr(self, "_" + name).copy_(state[name])
-        self._random["generator"].set_state(state["generator"])
+        self._generator.set_state(state["generator"])
         self.schedule = self.schedule or state["schedule"]
         self.iteration, self.history = state["iteration"], list(state["history"])
 
 
 def captured_step(m2n2: M2N2) -> Callable[[], None]:
     """The replay of a CUDA graph of a step, a single launch; the step itself where the model makes the host wait."""
-    device, generator, graph = m2n2.archive.device, m2n2._random["generator"], torch.cuda.CUDAGraph()
+    device, generator, graph = m2n2.archive.device, m2n2._generator, torch.cuda.CUDAGraph()
     state = generator.get_state()
     try:
-        if torch.__version__ < "2.14":  # from there on a generator is registered on its first use
+        if torch.__version__ < "2.14":  # compared as versions; a later torch registers a generator on its first use
             graph.register_generator_state(generator)
-        before = torch.cuda.stream(torch.cuda.current_stream(device))  # a failed capture does not restore it
+        before = torch.cuda.stream(torch.cuda.current_stream(device))  # restores what a failed capture does not
         options = {"stream": torch.cuda.Stream(device), "capture_error_mode": "thread_local"}
         with torch.cuda.device(device), before, torch.cuda.graph(graph, **options):
             m2n2._step()
     except RuntimeError as error:
         if rank_zero_only.rank == 0:
             tqdm.write(f"No CUDA graph, which is slower: the step cannot be captured ({str(error).splitlines()[0]})")
-        m2n2._random["generator"] = torch.Generator(device)  # the other may be stuck
-        m2n2._random["generator"].set_state(state)
+        m2n2._generator = torch.Generator(device)  # the other may still be in capture mode
+        m2n2._generator.set_state(state)
         return m2n2._step
     return graph.replay
 
@@ -522,7 +538,7 @@ def plot_evolution(histories: Sequence[list[dict]], niches: Tensor, path: Path) 
     children = [row["iteration"] / 1_000 for row in histories[0][:rows]]
     labels = {"coverage": "training coverage", "test_acc": "test accuracy", "diversity": "training diversity"}
     for key, label in labels.items():
-        values = np.reshape([[100 * row[key] for row in history[:rows]] for history in histories], (runs, rows))
+        values = np.array([[100 * row[key] for row in history[:rows]] for history in histories])  # (runs, rows)
         mean, std = values.mean(axis=0), values.std(axis=0, ddof=min(1, runs - 1))
         left.plot(children, mean, label=label)
         left.fill_between(children, mean - std, mean + std, alpha=0.3)
@@ -530,7 +546,7 @@ def plot_evolution(histories: Sequence[list[dict]], niches: Tensor, path: Path) 
     title = f"Evolution, n = {runs}" if runs > 1 else "Evolution"
     left.set(xlabel="children evaluated (thousands)", ylabel="examples (%)", title=title)
     difference = 100 * (niches - niches.mean(dim=0)).numpy()
-    limit = np.abs(difference).max(initial=0.1, where=~np.isnan(difference))
+    limit = np.nanmax(np.abs(difference), initial=0.1)
     image = right.imshow(difference, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit)
     right.set(xlabel="class", ylabel="archive member", title="Niches: training accuracy", xticks=range(niches.shape[1]))
     figure.colorbar(image, label="points above the mean")
@@ -594,7 +610,8 @@ def checked(name: str, value: object) -> int | float | bool | str:
             number = float(value) if isinstance(value, str) else value
             if limits[0] <= number <= limits[1] and (kind is float or number % 1 == 0):  # false for NaN
                 return kind(number)
-    raise ValueError(f"{name} is {' '.join(repr(value).split())}, accepted is {in_words(name)}")
+    on_one_line = " ".join(repr(value).split())
+    raise ValueError(f"{name} is {on_one_line}, accepted is {in_words(name)}")
 
 
 def checked_examples(split: str, images: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
@@ -632,7 +649,7 @@ def parse_constants(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
     """The constants at the top, overridden by flags, each checked; and those that were overridden."""
     layout = {"usage": "%(prog)s [--constant VALUE]...", "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, **layout)
-    comments = dict(re.findall(r"^([A-Z_]+)\b.*# *(.*?)\r?$", SOURCE.decode(errors="replace"), re.M))
+    comments = dict(re.findall(r"^([A-Z_]+)\b.*# *(.*?)\r?$", SOURCE.decode(errors="replace"), re.M))  # are their help
     file = {name: globals()[name] for name in CONSTANTS}
     for name, default in file.items():
         meaning = f"{comments.get(name, '')} [{in_words(name)}] (default: {default!r})".strip().replace("%", "%%")
@@ -656,29 +673,30 @@ def resume(constants: argparse.Namespace, flags: dict[str, object]) -> dict:
     path = Path(constants.RESUME, "checkpoint.pt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        run = {name: checked(name, checkpoint["constants"][name]) for name in vars(constants)}
-    except Exception as error:  # whose own text may tell how to run the code in the file
+        then = {name: checked(name, checkpoint["constants"][name]) for name in vars(constants)}
+    except Exception as error:  # not quoted: torch's message may advise weights_only=False
         raise UserError(f"{path} is no whole checkpoint of this script. RESUME wants a run's folder.") from error
     for name, value in flags.items():
-        allowed = name in ("RESUME", "DATA_DIR", "OUTPUT_DIR") or (name == "ITERATIONS" and value > run[name])
-        if value != run[name] and not allowed:
-            raise UserError(f"{name} is {value!r}, but {run[name]!r} in the run to RESUME, which goes on as it was.")
-    vars(constants).update(run | flags, RESUME=constants.RESUME)  # which the file may name, not a flag
+        allowed = name in ("RESUME", "DATA_DIR", "OUTPUT_DIR") or (name == "ITERATIONS" and value > then[name])
+        if value != then[name] and not allowed:
+            raise UserError(f"{name} is {value!r}, but {then[name]!r} in the run to RESUME, which goes on as it was.")
+    vars(constants).update(then | flags, RESUME=constants.RESUME)  # which may stand in the file instead of a flag
     return checkpoint
 
 
 # --- A run ---
 def launch(accelerator: str) -> Fabric:
-    """The device and, under torchrun, the processes; what other launchers start are runs of their own."""
+    """The device and, under torchrun, the processes; each process that SLURM or MPI starts is a run of its own."""
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    torchrun = dist.is_torchelastic_launched()
-    world, local = (int(os.environ[name]) if torchrun else 1 for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    environment = TorchElasticEnvironment() if torchrun else LightningEnvironment()
+    environment, processes, nodes = LightningEnvironment(), 1, 1
+    if dist.is_torchelastic_launched():
+        environment, processes = TorchElasticEnvironment(), int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = environment.world_size() // processes
     with explained(f"ACCELERATOR is {accelerator!r}", "Set it to 'auto' or 'cpu'; a run goes on where it was made."):
-        fabric = Fabric(accelerator=accelerator, devices=local, num_nodes=world // local, plugins=[environment])
+        fabric = Fabric(accelerator=accelerator, devices=processes, num_nodes=nodes, plugins=[environment])
     fabric.launch()
-    rank_zero_only.rank = fabric.global_rank
+    rank_zero_only.rank = fabric.global_rank  # which Lightning takes from the environment, SLURM's too
     return fabric
 
 
@@ -686,30 +704,35 @@ def launch(accelerator: str) -> Fabric:
 def noted_signals(fabric: Fabric) -> Iterator[Callable[[], int]]:
     """The first Ctrl-C or SIGTERM is noted, so that all is saved before the end; a second one is the end at once.
 
-    Yields what tells the number of the signal that any process noted, the same to all of them; or 0.
+    Yields a function that returns the number of the signal, or 0, the same in all processes whichever caught it.
     """
     noted = [0]
     with contextlib.ExitStack() as handlers:
 
         def note(number: int, frame: object) -> None:
             noted.append(number)
-            handlers.close()  # those from before are in force again
+            handlers.close()  # the previous handlers are in force again
 
-        with contextlib.suppress(ValueError):  # in another than the main thread
+        def caught() -> int:
+            return int(fabric.all_reduce(max(noted), reduce_op="max")) if fabric.world_size > 1 else max(noted)
+
+        with contextlib.suppress(ValueError):  # only the main thread may handle signals
             for number in (signal.SIGINT, signal.SIGTERM):
-                handlers.callback(signal.signal, number, signal.signal(number, note))
-        yield lambda: int(fabric.all_reduce(max(noted), reduce_op="max")) if fabric.world_size > 1 else max(noted)
+                previous = signal.signal(number, note)
+                handlers.callback(signal.signal, number, previous)
+        yield caught
 
 
 @rank_zero_only
 def new_folder(output_dir: str) -> str:
-    """A version_N with this script in it: making it is the claim, which only one of several processes can."""
+    """A new version_N, with this script in it; of several runs that start together only one can make a folder."""
     parent = Path(output_dir, "m2n2_mnist")
     with explained(f"{parent} cannot be written", "Choose another OUTPUT_DIR."):
         parent.mkdir(parents=True, exist_ok=True)
         for number in count():
             with contextlib.suppress(FileExistsError):
-                (folder := parent / f"version_{number}").mkdir()
+                folder = parent / f"version_{number}"
+                folder.mkdir()
                 (folder / Path(__file__).name).write_bytes(SOURCE)
                 return str(folder)
 
@@ -719,38 +742,38 @@ def run(
 ) -> tuple[M2N2, Path]:
     """A run from its folder to its last checkpoint: what evolved, and the folder."""
     folder = Path(constants.RESUME or fabric.broadcast(new_folder(constants.OUTPUT_DIR)))
-    settings = {n.lower(): x for n, x in vars(constants).items() if n.lower() in M2N2.__init__.__annotations__}
+    settings = {name.lower(): value for name, value in vars(constants).items()}
+    settings = {name: value for name, value in settings.items() if name in M2N2.__init__.__annotations__}
     model, examples = MLP(constants.IMAGE_SIZE**2, constants.HIDDEN_DIM), (x.to(fabric.device) for x in data.examples)
     m2n2 = M2N2(model, *examples, **settings | {"schedule": constants.ITERATIONS})
     if state:
         with explained(f"{folder} is of another model", "RESUME it with the script that lies in it."):
             m2n2.load_state_dict(state)
-    logger, logged = CSVLogger(folder, "", ""), []  # its rows are written anew if resumed
+    logger = CSVLogger(folder, name="", version="")
     logger.log_hyperparams(vars(constants))
-    kept = {"constants": vars(constants) | {"RUNS": 1, "DATA_DIR": os.path.abspath(constants.DATA_DIR)}}
+    resumable = vars(constants) | {"RUNS": 1, "DATA_DIR": os.path.abspath(constants.DATA_DIR)}  # alone, from any folder
 
-    def save() -> None:
+    def save(rows: Sequence[dict]) -> None:
         with explained(f"{folder} could not be written", "Make room, then RESUME the last checkpoint."):
-            for row in m2n2.history[len(logged) :]:
-                logged.append(row)
+            for row in rows:
                 logger.log_metrics(row, row["iteration"])
             logger.save()
-        state = kept | {"checksum": data.checksum, "m2n2": m2n2.state_dict()}
-        atomic_save(partial(torch.save, state), folder / "checkpoint.pt")
+        checkpoint = {"constants": resumable, "checksum": data.checksum, "m2n2": m2n2.state_dict()}
+        atomic_save(partial(torch.save, checkpoint), folder / "checkpoint.pt")
 
     def after_child(m2n2: M2N2) -> bool:
-        if len(m2n2.history) > len(logged):
-            save()
+        if m2n2.history and m2n2.history[-1]["iteration"] == m2n2.iteration:
+            save(m2n2.history[-1:])
         together = fabric.world_size == 1 or m2n2.iteration % 50 == 0  # all processes stop at the same child
         return together and caught() > 0
 
-    save()
+    save(m2n2.history)  # those of a resumed run; its metrics.csv is written anew
     if (first := m2n2.iteration) < constants.ITERATIONS:
         started = time.perf_counter()
         m2n2.evolve(constants.ITERATIONS - first, constants.TEST_EVERY, after_child)
         seconds, children = time.perf_counter() - started, m2n2.iteration - first
         fabric.print(f"{children:,} children in {seconds:.1f} s, {children / seconds:.1f} a second")
-        save()
+        save([])
     return m2n2, folder
 
 
@@ -771,7 +794,7 @@ def run_all(constants: argparse.Namespace, flags: dict[str, object]) -> int:
     checkpoint = resume(constants, flags) if constants.RESUME else {}
     fabric = launch(constants.ACCELERATOR)
     constants.ACCELERATOR = fabric.device.type  # what "auto" was
-    vars(constants).update(fabric.broadcast(vars(constants)))  # a file may compute another value in each process
+    vars(constants).update(fabric.broadcast(vars(constants)))  # a constant may be computed, at random or by the clock
     prepared = (constants.DATASET, constants.DESKEW, constants.CROP_SIZE, constants.IMAGE_SIZE)
     data = MNISTDataModule(constants.DATA_DIR, *prepared)
     with fabric.rank_zero_first(local=True):
@@ -804,7 +827,8 @@ def main(argv: Sequence[str] = ()) -> int:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # of a notebook's
             stream.reconfigure(errors="replace")  # where σ cannot be shown
-    warnings.filterwarnings("ignore", module="lightning_fabric|pytorch_lightning")  # of rows that are not lost
+    # Lightning warns that the rows of a resumed run would be lost: they are written anew.
+    warnings.filterwarnings("ignore", module="lightning_fabric|pytorch_lightning")
     try:
         signaled = run_all(*parse_constants(argv))
         return 128 + signaled if signaled else 0

@@ -116,7 +116,7 @@ def test_every_constant_reaches_what_it_is_for(main: Callable, monkeypatch: pyte
         assert {name: getattr(data, name) for name in prepared} == prepared and data.deskew == deskew
         assert evolved.pop() == (9, 4) and m2n2.schedule == 9
         assert m2n2.archive.shape == (3, 25 * 8 + 8 + 8 * 10 + 10)
-        assert m2n2._random["generator"].initial_seed() == 5
+        assert m2n2._generator.initial_seed() == 5
         assert folder == Path("out/m2n2_mnist", f"version_{number}")
     elsewhere = {"runs", "resume", "accelerator", "deskew"}
     assert {*values, *prepared, *others, *switches} | elsewhere == {name.lower() for name in NAMES}

@@ -57,7 +57,7 @@ def fake_cuda(m2n2: M2N2) -> Iterator[None]:
                 setattr(m2n2, name, fake)
         with torch.device("cuda"):
             m2n2.model = MLP(6, 5)
-        m2n2._random = {"device": torch.device("cuda"), "generator": None}  # CUDA's needs a GPU
+        m2n2._generator = None  # one on CUDA needs a GPU
         with NoHost():
             yield
 
@@ -120,7 +120,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 def assert_equal(one: M2N2, two: M2N2) -> None:
     assert torch.equal(one._rows[:-1], two._rows[:-1]) and one.history == two.history
-    assert torch.equal(one._random["generator"].get_state(), two._random["generator"].get_state())
+    assert torch.equal(one._generator.get_state(), two._generator.get_state())
 
 
 @contextmanager

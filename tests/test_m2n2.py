@@ -64,7 +64,7 @@ def random_scores(rows: int, score: str, seed: int) -> Tensor:
 def twin(m2n2: M2N2) -> torch.Generator:
     """Draws what the M2N2 will draw."""
     generator = torch.Generator()
-    generator.set_state(m2n2._random["generator"].get_state())
+    generator.set_state(m2n2._generator.get_state())
     return generator
 
 
