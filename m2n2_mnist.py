@@ -218,7 +218,7 @@ class M2N2:
     """Model Merging of Natural Niches: a steady-state evolution of an archive of K models.
 
     Takes any `model` from floating-point images `(examples, ...)` to logits `(examples, classes)`, and int64 labels;
-    ValueError for what it cannot take. A copy of the model is evaluated, on the training images' device, in their
+    ValueError where they do not fit. A copy of the model is evaluated, on the training images' device, in their
     precision and in evaluation mode; all parameters evolve, frozen ones too, and buffers stay. The archive, float32,
     starts as K empty slots (zeros); `initial_models`, by default two random ones, then enter it like children. Under
     torch.distributed every process holds the whole archive and its own part of the training examples; as all draw the
@@ -254,13 +254,11 @@ class M2N2:
         seed: int = SEED,
     ) -> None:
         arguments = dict(locals())
-        for name in ACCEPTED.keys() & arguments.keys():  # self.archive_size to self.seed; the others follow
+        for name in ACCEPTED.keys() & arguments.keys():  # self.archive_size to self.seed, each validated
             setattr(self, name, checked(name, arguments[name]))
         images, labels = checked_examples("train", train_images, train_labels)
-        test = checked_examples("test", test_images, test_labels)
-        if test[0].shape[1:] != images.shape[1:]:
-            raise ValueError(f"test_images is {tuple(test[0].shape)}, accepted is {('examples', *images.shape[1:])}")
-        self.test_images, self.test_labels = test[0].to(images), test[1].to(images.device)
+        test_images, test_labels = checked_examples("test", test_images, test_labels)
+        self.test_images, self.test_labels = test_images.to(images), test_labels.to(images.device)
         self.class_sizes = labels.bincount(minlength=int(self.test_labels.max()) + 1)  # (classes,), of all processes
         rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.train_images, self.train_labels = (whole.tensor_split(processes)[rank] for whole in (images, labels))
@@ -270,29 +268,27 @@ class M2N2:
         self._fill_archive(initial_models)
 
     def __getstate__(self) -> dict:
-        return deepcopy(
-            vars(self)
-        )  # torch pickles tensors for other processes as shared memory, which all would change
+        return deepcopy(vars(self))  # torch hands tensors to other processes as shared memory, which all would change
 
     def _fill_archive(self, initial_models: Sequence[nn.Module]) -> None:
         """Empty slots, into which the initial models, or two random ones, are put like children."""
         params = len(get_params(self.model))
-        try:
-            initial = [get_params(model).view(params) for model in initial_models]
-        except Exception as error:
-            raise ValueError(f"initial_models is no list of models like model, of {params} parameters each") from error
+        initial = [get_params(model) for model in initial_models]
+        if any(len(vector) != params for vector in initial):
+            raise ValueError(f"initial_models is {[*map(len, initial)]} parameters, accepted is {params} each")
         # All that a step changes are tensors updated in place, so that a CUDA graph can replay it. A row holds a model
         # and its scores; the last row is the child's. It is copied over the worst row, maybe itself: that needs no
         # branch, and no interrupt can leave a model with another's scores.
         shape = self.archive_size + 1, params + len(self.train_labels)
         self._rows = torch.zeros(shape, device=self.train_images.device)
-        self._unmutated, self._noise = self._rows.new_zeros(2, params)  # the last child before mutation, and its noise
-        self._retry = self._rows.new_zeros(1, dtype=torch.bool)  # whether the next child is that one with -noise
+        self._unmutated, self._noise = self._rows.new_zeros(
+            2, params
+        )  # the last child before its mutation, and its noise
+        self._retry = self._rows.new_zeros(1, dtype=torch.bool)  # whether to try that again with -noise
         self._sigma, self._shrink = self._rows.new_tensor([[self.mutation_std], [1]])  # set by `evolve` before a step
         self._accepted = self._rows.new_zeros(1)  # children that entered the archive since the last row of history
         self.iteration, self.history = 0, []
-        empty = self._noise.new_empty
-        random = (empty(params).normal_(0, self.init_std, generator=self._generator) for _ in range(2))
+        random = (self._noise.new_empty(params).normal_(0, self.init_std, generator=self._generator) for _ in range(2))
         for vector in initial or random:
             self._evaluate(vector.to(self._rows))
             self._update_archive()
@@ -312,8 +308,9 @@ class M2N2:
         self.schedule = self.schedule or end
         make_child = self._step
         captured_at = first + 3 if self._rows.is_cuda else end  # after three steps, in which CUDA's libraries set up
-        bar = {"desc": "Evolving Models", "initial": first, "total": end, "disable": rank_zero_only.rank > 0}
-        with tqdm(**bar, mininterval=0.1 if sys.stderr.isatty() else 10) as bar:  # seconds; a log is to be short
+        options = {"initial": first, "total": end, "disable": rank_zero_only.rank > 0}
+        seconds = 0.1 if sys.stderr.isatty() else 10  # between two updates: a log should stay short
+        with tqdm(desc="Evolving Models", mininterval=seconds, **options) as bar:
             while self.iteration < end:
                 if self.iteration == captured_at:
                     make_child = captured_step(self)
@@ -372,9 +369,9 @@ class M2N2:
         """child + σ N(0, 1), or, with a prior, child · √(1 - (σ / prior_std)²) + σ N(0, 1).
 
         The second is the Crank-Nicolson proposal (Neal 1998; Cotter, Roberts, Stuart, White 2013), which leaves
-        N(0, prior_std²) unchanged. Mirrored mutation (Brockhoff et al. 2010, sequential): after a child that did not
-        enter the archive comes the same one with the opposite noise, once, and the `child` given is discarded: not to
-        have made it would take a branch, for which the host had to wait.
+        N(0, prior_std²) unchanged. Mirrored mutation (Brockhoff et al. 2010, sequential): a child that did not enter
+        the archive is tried once more with the opposite noise. The new `child` is then ignored, though the crossover
+        has made it: skipping that would take a branch, for which the host would have to wait.
         """
         noise = self._sigma * torch.randn(len(child), device=child.device, generator=self._generator)
         if self.use_mirroring:
@@ -405,9 +402,8 @@ class M2N2:
 
     def _update_fitness(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """f_i = Σ_j s_ij / z_j^α, 0 where z_j = 0, `(models,)`, and what an example pays, 1 / z_j^α, `(examples,)`."""
-        rewards = (
-            scores.nansum(dim=0).clamp_(min=1e-12).pow_(-self.alpha)
-        )  # the NaN of a child that overflowed is its own
+        # nansum: the NaN scores of a child that overflowed leave the others' rewards as they are.
+        rewards = scores.nansum(dim=0).clamp_(min=1e-12).pow_(-self.alpha)
         # Identical models must tie, or rounding would choose among them. A matrix product does not guarantee that, nor
         # does a sum on CUDA unless all rows start at multiples of four numbers: hence the padding.
         paid = nn.functional.pad(scores * rewards, (0, -len(rewards) % 4))
@@ -484,9 +480,8 @@ class M2N2:
         if state["archive"].shape != self.archive.shape:
             raise ValueError(f"state is of {tuple(state['archive'].shape)}, accepted is {tuple(self.archive.shape)}")
         for row, params in enumerate(state["archive"].to(self._rows.device)):
-            self._evaluate(
-                params.clone()
-            )  # in memory of its own, as a child is: its alignment may change the last bits
+            # In newly allocated memory, as a child is: the alignment may change the last bits of a matrix product.
+            self._evaluate(params.clone())
             self._rows[row] = torch.where(params.any(), self._rows[-1], 0)  # an empty slot's scores are zeros too
         for name in ("accepted", "unmutated", "noise", "retry"):
             getattr(self, "_" + name).copy_(state[name])
@@ -615,27 +610,21 @@ def checked(name: str, value: object) -> int | float | bool | str:
 
 
 def checked_examples(split: str, images: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
-    """Both as tensors; ValueError that names what cannot be used."""
+    """Both as tensors on the images' device; ValueError if they cannot be used."""
     images, labels = torch.as_tensor(images).contiguous(), torch.as_tensor(labels)
-    if not (images.is_floating_point() and images.dim() and len(images) and images.isfinite().all()):
-        found = f"{images.dtype} {tuple(images.shape)}, with {(~images.isfinite()).sum()} that are NaN or infinite"
-        raise ValueError(f"{split}_images is {found}, accepted is floating-point (examples, ...), all finite")
-    if labels.dtype != torch.long or labels.shape != images.shape[:1] or labels.min() < 0:
-        accepts = f"int64 ({len(images)},) from 0 up"
-        raise ValueError(f"{split}_labels is {labels.dtype} {tuple(labels.shape)}, accepted is {accepts}")
+    usable = images.is_floating_point() and images.dim() and len(images) and images.isfinite().all()
+    if not usable or labels.dtype != torch.long or labels.shape != images.shape[:1] or labels.min() < 0:
+        found = f"{images.dtype} {tuple(images.shape)} and {labels.dtype} {tuple(labels.shape)}"
+        accepts = "floating-point (examples, ...), all finite, and int64 (examples,) from 0 up"
+        raise ValueError(f"{split}_images and {split}_labels are {found}, accepted are {accepts}")
     return images, labels.to(images.device)
 
 
 @torch.no_grad()
 def checked_model(model: nn.Module, images: Tensor, classes: int) -> nn.Module:
-    """A copy to be evaluated on these images; ValueError if it cannot be, or does not fit the labels."""
-    try:
-        model = deepcopy(model).to(images.device, images.dtype).eval()
-        get_params(model)  # there may be none
-        shape = functional_call(model, dict(model.named_parameters()), images[:1]).shape
-    except Exception as error:
-        accepts = f"one with parameters that can be copied and takes images {tuple(images.shape)}"
-        raise ValueError(f"model is {type(model).__name__}, accepted is {accepts}: {error}") from error
+    """A copy to be evaluated on these images; ValueError if its logits do not fit the labels."""
+    model = deepcopy(model).to(images.device, images.dtype).eval()
+    shape = functional_call(model, dict(model.named_parameters()), images[:1]).shape
     if len(shape) != 2 or shape[0] != 1 or shape[1] < classes:
         raise ValueError(f"model answers {tuple(shape)} to an image, accepted is (1, {classes}) or more classes")
     return model
@@ -649,7 +638,8 @@ def parse_constants(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
     """The constants at the top, overridden by flags, each checked; and those that were overridden."""
     layout = {"usage": "%(prog)s [--constant VALUE]...", "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, **layout)
-    comments = dict(re.findall(r"^([A-Z_]+)\b.*# *(.*?)\r?$", SOURCE.decode(errors="replace"), re.M))  # are their help
+    # The help for a flag is the comment beside its constant.
+    comments = dict(re.findall(r"^([A-Z_]+)\b.*# *(.*?)\r?$", SOURCE.decode(errors="replace"), re.M))
     file = {name: globals()[name] for name in CONSTANTS}
     for name, default in file.items():
         meaning = f"{comments.get(name, '')} [{in_words(name)}] (default: {default!r})".strip().replace("%", "%%")
@@ -725,7 +715,7 @@ def noted_signals(fabric: Fabric) -> Iterator[Callable[[], int]]:
 
 @rank_zero_only
 def new_folder(output_dir: str) -> str:
-    """A new version_N, with this script in it; of several runs that start together only one can make a folder."""
+    """A new version_N with a copy of this script; making it claims it, as only one of several runs can."""
     parent = Path(output_dir, "m2n2_mnist")
     with explained(f"{parent} cannot be written", "Choose another OUTPUT_DIR."):
         parent.mkdir(parents=True, exist_ok=True)
@@ -742,8 +732,8 @@ def run(
 ) -> tuple[M2N2, Path]:
     """A run from its folder to its last checkpoint: what evolved, and the folder."""
     folder = Path(constants.RESUME or fabric.broadcast(new_folder(constants.OUTPUT_DIR)))
-    settings = {name.lower(): value for name, value in vars(constants).items()}
-    settings = {name: value for name, value in settings.items() if name in M2N2.__init__.__annotations__}
+    arguments = M2N2.__init__.__annotations__
+    settings = {name: getattr(constants, name.upper()) for name in arguments if name.upper() in CONSTANTS}
     model, examples = MLP(constants.IMAGE_SIZE**2, constants.HIDDEN_DIM), (x.to(fabric.device) for x in data.examples)
     m2n2 = M2N2(model, *examples, **settings | {"schedule": constants.ITERATIONS})
     if state:
@@ -751,7 +741,8 @@ def run(
             m2n2.load_state_dict(state)
     logger = CSVLogger(folder, name="", version="")
     logger.log_hyperparams(vars(constants))
-    resumable = vars(constants) | {"RUNS": 1, "DATA_DIR": os.path.abspath(constants.DATA_DIR)}  # alone, from any folder
+    # This run alone is what its checkpoint resumes, and from any working directory.
+    resumable = vars(constants) | {"RUNS": 1, "DATA_DIR": os.path.abspath(constants.DATA_DIR)}
 
     def save(rows: Sequence[dict]) -> None:
         with explained(f"{folder} could not be written", "Make room, then RESUME the last checkpoint."):
@@ -767,7 +758,7 @@ def run(
         together = fabric.world_size == 1 or m2n2.iteration % 50 == 0  # all processes stop at the same child
         return together and caught() > 0
 
-    save(m2n2.history)  # those of a resumed run; its metrics.csv is written anew
+    save(m2n2.history)  # of a resumed run; the logger starts metrics.csv anew
     if (first := m2n2.iteration) < constants.ITERATIONS:
         started = time.perf_counter()
         m2n2.evolve(constants.ITERATIONS - first, constants.TEST_EVERY, after_child)
@@ -794,7 +785,7 @@ def run_all(constants: argparse.Namespace, flags: dict[str, object]) -> int:
     checkpoint = resume(constants, flags) if constants.RESUME else {}
     fabric = launch(constants.ACCELERATOR)
     constants.ACCELERATOR = fabric.device.type  # what "auto" was
-    vars(constants).update(fabric.broadcast(vars(constants)))  # a constant may be computed, at random or by the clock
+    vars(constants).update(fabric.broadcast(vars(constants)))  # one may be computed at random or from the clock
     prepared = (constants.DATASET, constants.DESKEW, constants.CROP_SIZE, constants.IMAGE_SIZE)
     data = MNISTDataModule(constants.DATA_DIR, *prepared)
     with fabric.rank_zero_first(local=True):
@@ -827,7 +818,7 @@ def main(argv: Sequence[str] = ()) -> int:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # of a notebook's
             stream.reconfigure(errors="replace")  # where σ cannot be shown
-    # Lightning warns that the rows of a resumed run would be lost: they are written anew.
+    # CSVLogger warns that it deletes the metrics.csv of a resumed run, whose rows `run` logs again.
     warnings.filterwarnings("ignore", module="lightning_fabric|pytorch_lightning")
     try:
         signaled = run_all(*parse_constants(argv))

@@ -215,16 +215,16 @@ def tensors() -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in given.items()}
 
 
-WRONG = {  # what becomes of the images or labels, and what the message says
-    "fewer labels": ("labels", lambda x: x[:-1], r"int64 \(\d+,\), accepted is"),
-    "one-hot labels": ("labels", nn.functional.one_hot, r"int64 \(\d+, 10\), accepted is"),
-    "int32 labels": ("labels", Tensor.int, "int32.*, accepted is int64"),
-    "negative labels": ("labels", lambda x: x - 1, "accepted is .* from 0 up"),
-    "integer images": ("images", lambda x: x.byte().numpy(), "uint8.*, accepted is floating-point"),
-    "an empty set": ("images", lambda x: x[:0], r"\(0, 6\).*, accepted is"),
-    "a number": ("images", lambda x: x[0, 0], r"\(\).*, accepted is"),
-    "one NaN": ("images", lambda x: x.where(x != x[3, 3], torch.nan), "1 that are NaN or infinite, accepted is"),
-    "one infinite": ("images", lambda x: x.where(x != x[3, 3], -torch.inf), "1 that are NaN or infinite, accepted is"),
+WRONG = {  # what becomes of the images or labels, and what the message says of it
+    "fewer labels": ("labels", lambda x: x[:-1], r"int64 \(\d+,\)"),
+    "one-hot labels": ("labels", nn.functional.one_hot, r"int64 \(\d+, 10\)"),
+    "int32 labels": ("labels", Tensor.int, "int32"),
+    "negative labels": ("labels", lambda x: x - 1, "int64"),
+    "integer images": ("images", lambda x: x.byte().numpy(), "uint8"),
+    "an empty set": ("images", lambda x: x[:0], r"\(0, 6\)"),
+    "a number": ("images", lambda x: x[0, 0], r"\(\)"),
+    "one NaN": ("images", lambda x: x.where(x != x[3, 3], torch.nan), "float32"),
+    "one infinite": ("images", lambda x: x.where(x != x[3, 3], -torch.inf), "float32"),
 }
 
 
@@ -234,7 +234,9 @@ def test_wrong_examples(how: str, split: str) -> None:
     kind, change, says = WRONG[how]
     given, name = tensors(), f"{split}_{kind}"
     given[name] = change(given[name])
-    with pytest.raises(ValueError, match=rf"^{name} is .*{says}"):
+    with pytest.raises(
+        ValueError, match=rf"^{split}_images and {split}_labels are .*{says}.*, accepted are .* from 0 up"
+    ):
         M2N2(MLP(6, 5), **given)
 
 
@@ -248,41 +250,19 @@ def test_labels_beyond_the_models_classes(split: str) -> None:
     M2N2(MLP(6, 5, 11), **given).evolve(2)
 
 
-def test_test_images_unlike_the_training_images() -> None:
-    given = tensors()
-    given["test_images"] = given["test_images"][:, :5]
-    with pytest.raises(ValueError, match=r"^test_images is \(20, 5\), accepted is \('examples', 6\)"):
-        M2N2(MLP(6, 5), **given)
-
-
 ODD = {
-    "no parameters": (nn.Flatten, "is Flatten, accepted is"),
-    "a function": (lambda: lambda images: images, "is function, accepted is"),
-    "old weight_norm": (lambda: flat(nn.utils.weight_norm(nn.Linear(6, 10))), "is Sequential, accepted is"),
-    "scripted": (lambda: torch.jit.script(nn.Linear(6, 10)), "is RecursiveScriptModule, accepted is"),
-    "lazy": (lambda: nn.LazyLinear(10), "is LazyLinear, accepted is"),
-    "other inputs": (lambda: MLP(7, 5), "is MLP, accepted is"),
-    "one answer for all": (lambda: flat(nn.Linear(6, 10), nn.Flatten(0)), r"answers \(10,\) to an image"),
-    "one more dimension": (lambda: flat(nn.Linear(6, 10), nn.Unflatten(1, (10, 1))), r"answers \(1, 10, 1\) to"),
+    "one answer for all": (nn.Flatten(0), r"\(10,\)"),
+    "one more dimension": (nn.Unflatten(1, (10, 1)), r"\(1, 10, 1\)"),
 }
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_odd_models(name: str) -> None:
-    make, says = ODD[name]
-    with pytest.raises(ValueError, match=rf"^model {says}"):
-        M2N2(make(), **tensors())
+def test_odd_logits(name: str) -> None:
+    layer, shape = ODD[name]
+    with pytest.raises(ValueError, match=rf"^model answers {shape} to an image"):
+        M2N2(flat(nn.Linear(6, 10), layer), **tensors())
 
 
-INITIAL = {
-    "not in a list": lambda: MLP(6, 5),
-    "of another size": lambda: [MLP(6, 5), MLP(6, 2)],
-    "no models": lambda: [get_params(MLP(6, 5))],
-    "without parameters": lambda: [nn.Flatten()],
-}
-
-
-@pytest.mark.parametrize("name", INITIAL)
-def test_odd_initial_models(name: str) -> None:
-    with pytest.raises(ValueError, match=r"^initial_models is .*\b95 parameters"):
-        M2N2(MLP(6, 5), **tensors(), initial_models=INITIAL[name]())
+def test_initial_models_of_another_size() -> None:
+    with pytest.raises(ValueError, match=r"^initial_models is \[95, 44\] parameters, accepted is 95 each"):
+        M2N2(MLP(6, 5), **tensors(), initial_models=[MLP(6, 5), MLP(6, 2)])
