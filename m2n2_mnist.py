@@ -1,9 +1,9 @@
 """M2N2 on MNIST: classifiers evolved from scratch, without a gradient, by merging models.
 
-It reaches 98.08 ± 0.09 % test accuracy (mean ± SD of seeds 42 to 46) with 50,000 forward passes of an MLP 64-128-10, in
-14 seconds on an H100 or 12 minutes on 2 CPU cores. PGPE ends 0.2 points lower on the same images and budget (README).
-This is Model Merging of Natural Niches, Experiment 1 of "Competition and Attraction Improve Model Fusion"
-(Abrantes, Lange, Tang; arXiv:2508.16204), on the real MNIST.
+This is Model Merging of Natural Niches, Experiment 1 of "Competition and Attraction Improve Model Fusion" (Abrantes,
+Lange, Tang; arXiv:2508.16204), on the real MNIST. 50,000 children, each evaluated on all training images, reach
+98.08 ± 0.09 % test accuracy (mean ± SD of seeds 42 to 46) with an MLP 64-128-10, in 14 seconds on an H100 or 12 minutes
+on 2 CPU cores. PGPE ends 0.2 points lower on the same images and budget (README).
 
     python m2n2_mnist.py                              # the experiment of the constants below
     python m2n2_mnist.py --iterations 1000 --seed 7   # any constant overridden; --help explains them
@@ -42,13 +42,13 @@ from torchvision import datasets
 from torchvision.transforms.functional import center_crop
 from tqdm import tqdm
 
-# --- Constants: edit these. Any Python does; ACCEPTED, further down, says which values ---
+# --- Constants: edit these. A value may be any Python expression; RULES, further down, says what is accepted ---
 # Run
 SEED = 42  # seed of the first run
 RUNS = 1  # how often to repeat the experiment, with consecutive seeds
 ITERATIONS = 50_000  # children evaluated in a run, which is forward passes
 TEST_EVERY = 1_000  # iterations between two rows of metrics.csv, each with a checkpoint
-RESUME = ""  # folder of an interrupted run to go on with, runs/m2n2_mnist/version_3; "" for none
+RESUME = ""  # folder of an interrupted run to go on with, as runs/m2n2_mnist/version_3; "" for none
 OUTPUT_DIR = "runs"  # folder that gets m2n2_mnist/version_N for each run
 ACCELERATOR = "auto"  # where to compute; auto: on CUDA if there is one
 # Data and model
@@ -66,7 +66,7 @@ ALPHA = 1.0  # competition: 1 shares each example among its models, 0 is none
 INIT_STD = 0.01  # standard deviation of the two random models at the start
 MUTATION_STD = 0.005  # σ, standard deviation of the mutation, at the start of a run; the paper's 0.01
 FINAL_MUTATION_STD = 0.001  # σ at its end; the paper's is constant
-PRIOR_STD = 0.2  # mutation shrinks weights so that those no fitness sees stay N(0, PRIOR_STD²); above σ; 0: off (paper)
+PRIOR_STD = 0.2  # mutation first shrinks weights, so that unused ones stay N(0, PRIOR_STD²); above σ; 0: off (paper)
 USE_CROSSOVER = True  # False: a child is a mutated copy of its first parent
 USE_SPLIT_POINT = True  # False: one SLERP over the whole vector
 USE_ATTRACTION = True  # False: both parents are drawn by fitness
@@ -78,7 +78,7 @@ def slerp(t: float | Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Spherical interpolation sin((1 - t) Ω) / sin Ω · a + sin(t Ω) / sin Ω · b, `(params,)`; Ω is their angle.
 
     `t` is a number, or a tensor that broadcasts to `(params,)`. Where Ω is undefined or too small to divide by its sine
-    (zero, parallel or opposite vectors), the interpolation is linear, as it is for a tiny Ω.
+    (zero, parallel or opposite vectors), the interpolation is linear: that of an Ω of 0.0001.
     """
     omega = torch.acos(torch.dot(a, b) / (a.norm() * b.norm()))
     omega = torch.where(omega.sin() >= 1e-3, omega, 1e-4)  # false for NaN: a zero vector, or a cosine rounded beyond 1
@@ -96,7 +96,7 @@ def set_params(model: nn.Module, params: Tensor) -> None:
     present = get_params(model)
     if params.shape != present.shape:
         raise ValueError(f"the model has {len(present)} parameters, not {tuple(params.shape)}")
-    nn.utils.vector_to_parameters(present.copy_(params), model.parameters())  # which become views of the vector given
+    nn.utils.vector_to_parameters(present.copy_(params), model.parameters())  # a copy, as they become views of it
 
 
 # --- Model ---
@@ -110,7 +110,7 @@ class MLP(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         hidden = self.hidden(images.flatten(1)).relu_()
-        # self.output(hidden), laid out class by class: the softmax and the gather that follow are twice as fast.
+        # self.output(hidden), but stored class by class, which makes the softmax and the gather after it twice as fast.
         return torch.addmm(self.output.bias[:, None], self.output.weight, hidden.T).T
 
 
@@ -121,6 +121,7 @@ def deskew(images: Tensor) -> Tensor:
     A row moves by k times its distance from the centre, k = Σ m dx dy / Σ m dy² over the pixels' ink m, at most ±1
     (LeCun, Bottou, Bengio, Haffner 1998). An image without ink stays as it is.
     """
+    # x and y are the coordinates of the pixels' centres, from -1 to 1, (1, side, side).
     x, y = nn.functional.affine_grid(torch.eye(2, 3)[None], [1, *images.shape[1:]], align_corners=False).unbind(-1)
     ink = (images / images.sum(dim=(2, 3), keepdim=True).clamp(min=1e-12)).squeeze(1)  # (examples, side, side)
     centre_x, centre_y = ((ink * axis).sum(dim=(1, 2), keepdim=True) for axis in (x, y))
@@ -207,7 +208,7 @@ def all_reduce(values: Tensor) -> Tensor:
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """The true class's logit minus the highest other, `(examples,)`, for logits `(classes, examples)`.
+    """The true class's logit minus the highest other, `(examples,)`, for logits `(classes, examples)` as of `M2N2`.
 
     An example is classified correctly, for scores as for accuracies, where its margin is above 0: a tie is an error.
     """
@@ -219,12 +220,14 @@ class M2N2:
 
     Takes any `model` from floating-point images `(examples, ...)` to logits `(examples, classes)`, and int64 labels;
     ValueError where they do not fit. A copy of the model is evaluated, on the training images' device, in their
-    precision and in evaluation mode; all parameters evolve, frozen ones too, and buffers stay. The archive, float32,
-    starts as K empty slots (zeros); `initial_models`, by default two random ones, then enter it like children. Under
-    torch.distributed every process holds the whole archive and its own part of the training examples; as all draw the
-    same random numbers and fitness is summed over them, all make the same choices. Symbols are the paper's: s_ij in
-    [0, 1] is the score of model i on training example j, z_j = Σ_i s_ij, and f_i the fitness of model i.
+    precision and in evaluation mode; all parameters evolve, frozen ones too, and buffers stay.
 
+    The archive, float32, starts as K empty slots, zeros with fitness 0. Two random models, or `initial_models`, take
+    the first of them, and children the next. Under torch.distributed every process holds the whole archive and its own
+    part of the training examples; all draw the same random numbers, and fitness is summed over them.
+
+    Symbols are the paper's: s_ij in [0, 1] is the score of model i on training example j, z_j = Σ_i s_ij, and f_i the
+    fitness of model i.
     Attributes: the arguments, `archive`, `scores`, `iteration` (children so far), `history` (rows that `evolve` made).
     """
 
@@ -254,7 +257,7 @@ class M2N2:
         seed: int = SEED,
     ) -> None:
         arguments = dict(locals())
-        for name in ACCEPTED.keys() & arguments.keys():  # self.archive_size to self.seed, each validated
+        for name in ACCEPTED.keys() & arguments.keys():  # self.archive_size to self.seed, but initial_models
             setattr(self, name, checked(name, arguments[name]))
         images, labels = checked_examples("train", train_images, train_labels)
         test_images, test_labels = checked_examples("test", test_images, test_labels)
@@ -268,23 +271,21 @@ class M2N2:
         self._fill_archive(initial_models)
 
     def __getstate__(self) -> dict:
-        return deepcopy(vars(self))  # torch hands tensors to other processes as shared memory, which all would change
+        return deepcopy(vars(self))  # or a multiprocessing worker given this would share, and change, its tensors
 
     def _fill_archive(self, initial_models: Sequence[nn.Module]) -> None:
         """Empty slots, into which the initial models, or two random ones, are put like children."""
-        params = len(get_params(self.model))
+        self._params = params = len(get_params(self.model))
         initial = [get_params(model) for model in initial_models]
         if any(len(vector) != params for vector in initial):
             raise ValueError(f"initial_models is {[*map(len, initial)]} parameters, accepted is {params} each")
-        # All that a step changes are tensors updated in place, so that a CUDA graph can replay it. A row holds a model
-        # and its scores; the last row is the child's. It is copied over the worst row, maybe itself: that needs no
-        # branch, and no interrupt can leave a model with another's scores.
+        # All that a step changes are tensors updated in place, so that a CUDA graph can replay it. A row is a model's
+        # parameters and scores; the last row is the child's. It is copied over the worst row, maybe itself: that needs
+        # no branch, and no interrupt can leave a model with another's scores.
         shape = self.archive_size + 1, params + len(self.train_labels)
         self._rows = torch.zeros(shape, device=self.train_images.device)
-        self._unmutated, self._noise = self._rows.new_zeros(
-            2, params
-        )  # the last child before its mutation, and its noise
-        self._retry = self._rows.new_zeros(1, dtype=torch.bool)  # whether to try that again with -noise
+        self._unmutated, self._noise = self._rows.new_zeros(2, params)  # of the last child
+        self._retry = self._rows.new_zeros(1, dtype=torch.bool)  # whether the next one is that with its noise negated
         self._sigma, self._shrink = self._rows.new_tensor([[self.mutation_std], [1]])  # set by `evolve` before a step
         self._accepted = self._rows.new_zeros(1)  # children that entered the archive since the last row of history
         self.iteration, self.history = 0, []
@@ -295,8 +296,8 @@ class M2N2:
         self._accepted.zero_()
         self._retry.zero_()
 
-    archive = property(lambda self: self._rows[:-1, : len(self._unmutated)])  # (archive, params)
-    scores = property(lambda self: self._rows[:-1, len(self._unmutated) :])  # (archive, examples of this process)
+    archive = property(lambda self: self._rows[:-1, : self._params])  # (archive, params)
+    scores = property(lambda self: self._rows[:-1, self._params :])  # (archive, examples of this process)
 
     def evolve(self, iterations: int, test_every: int = TEST_EVERY, after_child: Callable = lambda m2n2: False) -> None:
         """Make `iterations` more children, or until `after_child(self)` is true; every `test_every`, extend `history`.
@@ -307,12 +308,11 @@ class M2N2:
         end = first + checked("iterations", iterations)
         self.schedule = self.schedule or end
         make_child = self._step
-        captured_at = first + 3 if self._rows.is_cuda else end  # after three steps, in which CUDA's libraries set up
         options = {"initial": first, "total": end, "disable": rank_zero_only.rank > 0}
         seconds = 0.1 if sys.stderr.isatty() else 10  # between two updates: a log should stay short
         with tqdm(desc="Evolving Models", mininterval=seconds, **options) as bar:
             while self.iteration < end:
-                if self.iteration == captured_at:
+                if self._rows.is_cuda and self.iteration == first + 3:  # by then CUDA's libraries are set up
                     make_child = captured_step(self)
                 cosine = (1 + np.cos(np.pi * min(self.iteration, self.schedule) / self.schedule)) / 2  # from 1 to 0
                 sigma = self.final_mutation_std + (self.mutation_std - self.final_mutation_std) * cosine
@@ -322,7 +322,8 @@ class M2N2:
                 self.iteration += 1
                 bar.update()
                 if self.iteration % test_every == 0 or self.iteration == end:
-                    self.history.append(row := self._measure())
+                    row = self._measure()
+                    self.history.append(row)
                     shown = {name: f"{row[name]:.2%}" for name in ("train_acc", "test_acc")}
                     bar.set_postfix(best_fitness=f"{row['best_fitness']:.0f}", **shown, refresh=False)
                 if after_child(self):
@@ -343,19 +344,19 @@ class M2N2:
         if not self.use_attraction:
             return parent_a, self._draw(fitness)
         gain = (self.scores - self.scores.index_select(0, parent_a)).relu_()  # (archive, examples)
-        attraction = all_reduce(gain @ rewards).index_fill_(0, parent_a, 1e-30)  # B = A if all g are 0
+        attraction = all_reduce(gain @ rewards).index_fill_(0, parent_a, 1e-30)  # so B = A if all g are 0
         return parent_a, self._draw(attraction)
 
     def _draw(self, chances: Tensor) -> Tensor:
         """An index `(1,)`, i with probability chances_i / Σ chances; torch.multinomial would make the host wait.
 
-        By exponential clocks: the i-th rings after Exp(1) / chances_i, and that is the probability to ring first.
+        Exponential clocks: clock i rings after Exp(1) / chances_i, and is the first to ring with just that probability.
         """
         waiting = torch.empty_like(chances).exponential_(generator=self._generator)
         return torch.argmax(chances / waiting, dim=0, keepdim=True)
 
     def _crossover(self, parent_a: Tensor, parent_b: Tensor) -> Tensor:
-        """Child `(params,)`: SLERP(w) before the split point p, SLERP(1 - w) after; w ~ U(0, 1), p ~ U{0..params-1}."""
+        """SLERP(w) before the split point p, SLERP(1 - w) after it, `(params,)`; w ~ U(0, 1), p ~ U{0..params-1}."""
         a, b = self.archive.index_select(0, torch.cat([parent_a, parent_b]))
         if not self.use_crossover:
             return a
@@ -370,8 +371,8 @@ class M2N2:
 
         The second is the Crank-Nicolson proposal (Neal 1998; Cotter, Roberts, Stuart, White 2013), which leaves
         N(0, prior_std²) unchanged. Mirrored mutation (Brockhoff et al. 2010, sequential): a child that did not enter
-        the archive is tried once more with the opposite noise. The new `child` is then ignored, though the crossover
-        has made it: skipping that would take a branch, for which the host would have to wait.
+        the archive is tried once more with the opposite noise. On such a retry the fresh `child` is discarded: to skip
+        its crossover would take a branch, for which the host would have to wait.
         """
         noise = self._sigma * torch.randn(len(child), device=child.device, generator=self._generator)
         if self.use_mirroring:
@@ -388,7 +389,7 @@ class M2N2:
             scores = (logits / self.temperature).softmax(dim=0).gather(0, self.train_labels[None])[0]
         else:
             margin = margins(logits, self.train_labels)
-            scores = torch.where(margin.isfinite(), (margin > 0).float(), torch.nan)  # NaN as by the softmax
+            scores = torch.where(margin.isfinite(), (margin > 0).float(), torch.nan)  # NaN, as from softmax
         torch.cat([child, scores], out=self._rows[-1])
 
     @torch.no_grad()
@@ -401,17 +402,16 @@ class M2N2:
         return torch.cat([functional_call(self.model, views, batch).T.float() for batch in batches], dim=1)
 
     def _update_fitness(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """f_i = Σ_j s_ij / z_j^α, 0 where z_j = 0, `(models,)`, and what an example pays, 1 / z_j^α, `(examples,)`."""
-        # nansum: the NaN scores of a child that overflowed leave the others' rewards as they are.
-        rewards = scores.nansum(dim=0).clamp_(min=1e-12).pow_(-self.alpha)
-        # Identical models must tie, or rounding would choose among them. A matrix product does not guarantee that, nor
-        # does a sum on CUDA unless all rows start at multiples of four numbers: hence the padding.
+        """f_i = Σ_j s_ij / z_j^α, 0 where z_j = 0, `(models,)`, and the rewards 1 / z_j^α, `(examples,)`."""
+        rewards = scores.nansum(dim=0).clamp_(min=1e-12).pow_(-self.alpha)  # a child that overflowed has NaN scores
+        # Equal rows must have equal sums, or rounding would choose between identical models. A matrix product does not
+        # give them, nor does CUDA to rows that do not all start at a multiple of four numbers: hence the padding.
         paid = nn.functional.pad(scores * rewards, (0, -len(rewards) % 4))
         return all_reduce(paid.sum(dim=1)), rewards
 
     def _update_archive(self) -> None:
-        """The worst of the K + 1 models goes: a child that overflowed, whose fitness is NaN, or the first of equals."""
-        fitness, _ = self._update_fitness(self._rows[:, len(self._unmutated) :])
+        """The worst of K + 1 models goes; `argmin` takes NaN, of a child that overflowed, or the first of equals."""
+        fitness, _ = self._update_fitness(self._rows[:, self._params :])
         worst = torch.argmin(fitness, dim=0, keepdim=True)
         self._rows.index_copy_(0, worst, self._rows[-1:].clone())
         entered = worst < self.archive_size
@@ -421,9 +421,9 @@ class M2N2:
     def _measure(self) -> dict[str, float]:
         """A row of `history`.
 
-        `coverage` is the share of training examples that at least one member classifies correctly, `diversity` that of
-        those which one of two members does and the other does not, mean over all pairs (the disagreement measure,
-        Kuncheva & Whitaker 2003), `acceptance` that of the children since the last row which entered the archive.
+        `coverage` is the share of training examples that some member classifies correctly, `diversity` the share on
+        which one of two members does and the other does not, averaged over all pairs (the disagreement measure,
+        Kuncheva & Whitaker 2003), `acceptance` the share of children since the last row that entered the archive.
         """
         right, examples = self._right(), self.class_sizes.sum().item()
         known_by = right.sum(dim=0)  # how many members, (examples,)
@@ -443,12 +443,12 @@ class M2N2:
         }
 
     def _right(self) -> Tensor:
-        """Which training examples each member classifies correctly, bool `(archive, examples)`; an empty slot none."""
+        """Whether each member classifies each training example correctly, `(archive, examples)`; an empty slot none."""
         right = [margins(self.logits(params, self.train_images), self.train_labels) > 0 for params in self.archive]
         return torch.stack(right) & self.archive.any(dim=1, keepdim=True)
 
     def best_params(self, right: Tensor | None = None) -> Tensor:
-        """Of the archive member with the highest training accuracy, `(params,)`; `right` is what `_right` returned."""
+        """Those of the member with the highest training accuracy, `(params,)`; `right` may be had from `_right`."""
         right = self._right() if right is None else right
         return self.archive[all_reduce(right.sum(dim=1)).argmax()]
 
@@ -476,11 +476,11 @@ class M2N2:
         return {"archive": self.archive.clone()} | tensors | random | progress
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from the state of an equal M2N2; scores are computed anew. A schedule that this one has is kept."""
+        """Go on from the state of an M2N2 with equal arguments; scores are recomputed. A schedule given here stays."""
         if state["archive"].shape != self.archive.shape:
             raise ValueError(f"state is of {tuple(state['archive'].shape)}, accepted is {tuple(self.archive.shape)}")
         for row, params in enumerate(state["archive"].to(self._rows.device)):
-            # In newly allocated memory, as a child is: the alignment may change the last bits of a matrix product.
+            # Into the child's row; from memory of its own, like a child, as alignment may change a product's last bits.
             self._evaluate(params.clone())
             self._rows[row] = torch.where(params.any(), self._rows[-1], 0)  # an empty slot's scores are zeros too
         for name in ("accepted", "unmutated", "noise", "retry"):
@@ -491,15 +491,18 @@ class M2N2:
 
 
 def captured_step(m2n2: M2N2) -> Callable[[], None]:
-    """The replay of a CUDA graph of a step, a single launch; the step itself where the model makes the host wait."""
+    """The replay of a CUDA graph of a step, a single launch; or the step itself, if its model makes the host wait.
+
+    Capture records a step and runs none.
+    """
     device, generator, graph = m2n2.archive.device, m2n2._generator, torch.cuda.CUDAGraph()
     state = generator.get_state()
     try:
         if torch.__version__ < "2.14":  # compared as versions; a later torch registers a generator on its first use
             graph.register_generator_state(generator)
-        before = torch.cuda.stream(torch.cuda.current_stream(device))  # restores what a failed capture does not
         options = {"stream": torch.cuda.Stream(device), "capture_error_mode": "thread_local"}
-        with torch.cuda.device(device), before, torch.cuda.graph(graph, **options):
+        present = torch.cuda.stream(torch.cuda.current_stream(device))  # is the stream again, even if capture fails
+        with torch.cuda.device(device), present, torch.cuda.graph(graph, **options):
             m2n2._step()
     except RuntimeError as error:
         if rank_zero_only.rank == 0:
@@ -600,7 +603,8 @@ def checked(name: str, value: object) -> int | float | bool | str:
         if kind is Path and isinstance(value, str | Path):
             return str(os.path.expanduser(value))
         if kind in (str, bool) and isinstance(value, str | bool | np.bool_):
-            return {str(choice).lower(): choice for choice in limits}[str(value).strip().lower()]
+            choices = {str(choice).lower(): choice for choice in limits}  # "true" is True, "MNIST" is "mnist"
+            return choices[str(value).strip().lower()]
         if kind in (int, float) and isinstance(value, str | Real) and not isinstance(value, bool):
             number = float(value) if isinstance(value, str) else value
             if limits[0] <= number <= limits[1] and (kind is float or number % 1 == 0):  # false for NaN
@@ -664,13 +668,13 @@ def resume(constants: argparse.Namespace, flags: dict[str, object]) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         then = {name: checked(name, checkpoint["constants"][name]) for name in vars(constants)}
-    except Exception as error:  # not quoted: torch's message may advise weights_only=False
+    except Exception as error:  # whose message is withheld: torch's may advise weights_only=False
         raise UserError(f"{path} is no whole checkpoint of this script. RESUME wants a run's folder.") from error
     for name, value in flags.items():
         allowed = name in ("RESUME", "DATA_DIR", "OUTPUT_DIR") or (name == "ITERATIONS" and value > then[name])
         if value != then[name] and not allowed:
             raise UserError(f"{name} is {value!r}, but {then[name]!r} in the run to RESUME, which goes on as it was.")
-    vars(constants).update(then | flags, RESUME=constants.RESUME)  # which may stand in the file instead of a flag
+    vars(constants).update(then | flags, RESUME=constants.RESUME)  # which may be set in the file, not by a flag
     return checkpoint
 
 
@@ -686,7 +690,7 @@ def launch(accelerator: str) -> Fabric:
     with explained(f"ACCELERATOR is {accelerator!r}", "Set it to 'auto' or 'cpu'; a run goes on where it was made."):
         fabric = Fabric(accelerator=accelerator, devices=processes, num_nodes=nodes, plugins=[environment])
     fabric.launch()
-    rank_zero_only.rank = fabric.global_rank  # which Lightning takes from the environment, SLURM's too
+    rank_zero_only.rank = fabric.global_rank  # Lightning would take SLURM's, by which only one run would speak
     return fabric
 
 
@@ -701,7 +705,7 @@ def noted_signals(fabric: Fabric) -> Iterator[Callable[[], int]]:
 
         def note(number: int, frame: object) -> None:
             noted.append(number)
-            handlers.close()  # the previous handlers are in force again
+            handlers.close()  # sets the previous handlers, so that a second signal ends all
 
         def caught() -> int:
             return int(fabric.all_reduce(max(noted), reduce_op="max")) if fabric.world_size > 1 else max(noted)
@@ -732,10 +736,10 @@ def run(
 ) -> tuple[M2N2, Path]:
     """A run from its folder to its last checkpoint: what evolved, and the folder."""
     folder = Path(constants.RESUME or fabric.broadcast(new_folder(constants.OUTPUT_DIR)))
-    arguments = M2N2.__init__.__annotations__
-    settings = {name: getattr(constants, name.upper()) for name in arguments if name.upper() in CONSTANTS}
-    model, examples = MLP(constants.IMAGE_SIZE**2, constants.HIDDEN_DIM), (x.to(fabric.device) for x in data.examples)
-    m2n2 = M2N2(model, *examples, **settings | {"schedule": constants.ITERATIONS})
+    shared = [name for name in M2N2.__init__.__annotations__ if name.upper() in CONSTANTS]  # "seed", "alpha", …
+    settings = {name: getattr(constants, name.upper()) for name in shared}
+    model, examples = MLP(constants.IMAGE_SIZE**2, constants.HIDDEN_DIM), [x.to(fabric.device) for x in data.examples]
+    m2n2 = M2N2(model, *examples, schedule=constants.ITERATIONS, **settings)
     if state:
         with explained(f"{folder} is of another model", "RESUME it with the script that lies in it."):
             m2n2.load_state_dict(state)
@@ -744,7 +748,7 @@ def run(
     # This run alone is what its checkpoint resumes, and from any working directory.
     resumable = vars(constants) | {"RUNS": 1, "DATA_DIR": os.path.abspath(constants.DATA_DIR)}
 
-    def save(rows: Sequence[dict]) -> None:
+    def save(rows: Sequence[dict]) -> None:  # log these and write a checkpoint
         with explained(f"{folder} could not be written", "Make room, then RESUME the last checkpoint."):
             for row in rows:
                 logger.log_metrics(row, row["iteration"])
@@ -773,7 +777,7 @@ def report(fabric: Fabric, m2n2: M2N2, histories: list[list[dict]], folder: Path
     atomic_save(partial(torch.save, m2n2.best_model().cpu().state_dict()), folder / "best_model.pt")
     plot_evolution(histories, m2n2.class_accuracies().cpu(), folder / "evolution.png")
     accuracy, end = m2n2.test_accuracy(m2n2.best_params()[None]), "Evolution finished."
-    if m2n2.iteration < m2n2.schedule:
+    if m2n2.iteration < m2n2.schedule:  # which is ITERATIONS
         end = f"Evolution interrupted at iteration {m2n2.iteration}. To go on, give no flag but --resume {folder}"
     fabric.print(f"Test accuracy of the archive as an ensemble: {m2n2.test_accuracy(m2n2.archive):.2%}")
     fabric.print(f"Files: {folder}\n{end}\nFinal Test Accuracy of the best model: {accuracy:.2%}", flush=True)
@@ -785,7 +789,7 @@ def run_all(constants: argparse.Namespace, flags: dict[str, object]) -> int:
     checkpoint = resume(constants, flags) if constants.RESUME else {}
     fabric = launch(constants.ACCELERATOR)
     constants.ACCELERATOR = fabric.device.type  # what "auto" was
-    vars(constants).update(fabric.broadcast(vars(constants)))  # one may be computed at random or from the clock
+    vars(constants).update(fabric.broadcast(vars(constants)))  # an expression may differ between processes
     prepared = (constants.DATASET, constants.DESKEW, constants.CROP_SIZE, constants.IMAGE_SIZE)
     data = MNISTDataModule(constants.DATA_DIR, *prepared)
     with fabric.rank_zero_first(local=True):
@@ -814,9 +818,9 @@ def run_all(constants: argparse.Namespace, flags: dict[str, object]) -> int:
 
 def main(argv: Sequence[str] = ()) -> int:
     """The experiment of the constants and flags, and its exit code; what only the user can mend ends in one message."""
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  it may be closed
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  None where it was closed
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # of a notebook's
+        with contextlib.suppress(AttributeError):  # a notebook's have no reconfigure
             stream.reconfigure(errors="replace")  # where σ cannot be shown
     # CSVLogger warns that it deletes the metrics.csv of a resumed run, whose rows `run` logs again.
     warnings.filterwarnings("ignore", module="lightning_fabric|pytorch_lightning")

@@ -287,7 +287,7 @@ def plot(folder: Path, path: str) -> object:
     axes.set(ylim=(50, 99), yticks=(50, 70, 80, 90, 93, 95, 96, 97, 98, 99))
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", fontsize="small")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.2), ncols=2, fontsize="small")  # above MAP-Elites
     figure.savefig(path, dpi=160)
     return axes
 
