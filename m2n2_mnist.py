@@ -105,7 +105,7 @@ class MLP(nn.Module):
 
     def __init__(self, input_dim: int, hidden_dim: int = HIDDEN_DIM, output_dim: int = 10) -> None:
         super().__init__()
-        hidden_dim = checked("hidden_dim", hidden_dim)
+        hidden_dim = checked("hidden_dim", hidden_dim)  # by RULES, further down
         self.hidden, self.output = nn.Linear(input_dim, hidden_dim), nn.Linear(hidden_dim, output_dim)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -252,7 +252,7 @@ class M2N2:
         use_attraction: bool = USE_ATTRACTION,
         use_mirroring: bool = USE_MIRRORING,
         schedule: int = 0,  # children over which σ falls; 0: to the end of the first `evolve`
-        eval_batch_size: int = 0,  # images evaluated at a time; 0: 10,000 on a CPU, for its caches, all on a GPU
+        eval_batch_size: int = 0,  # images evaluated at a time; 0: 4,000 on a CPU, for its caches, all on a GPU
         initial_models: Sequence[nn.Module] = (),
         seed: int = SEED,
     ) -> None:
@@ -265,7 +265,7 @@ class M2N2:
         self.class_sizes = labels.bincount(minlength=int(self.test_labels.max()) + 1)  # (classes,), of all processes
         rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.train_images, self.train_labels = (whole.tensor_split(processes)[rank] for whole in (images, labels))
-        self.eval_batch_size = self.eval_batch_size or (len(images) if images.is_cuda else 10_000)
+        self.eval_batch_size = self.eval_batch_size or (len(images) if images.is_cuda else 4_000)
         self.model = checked_model(model, self.test_images, len(self.class_sizes))
         self._generator = torch.Generator(images.device).manual_seed(self.seed)
         self._fill_archive(initial_models)
@@ -644,15 +644,15 @@ def parse_constants(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, **layout)
     # The help for a flag is the comment beside its constant.
     comments = dict(re.findall(r"^([A-Z_]+)\b.*# *(.*?)\r?$", SOURCE.decode(errors="replace"), re.M))
-    file = {name: globals()[name] for name in CONSTANTS}
-    for name, default in file.items():
+    defaults = {name: globals()[name] for name in CONSTANTS}
+    for name, default in defaults.items():
         meaning = f"{comments.get(name, '')} [{in_words(name)}] (default: {default!r})".strip().replace("%", "%%")
         flag = "--" + name.lower().replace("_", "-")
         parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=meaning)
     flags = vars(parser.parse_args(argv))
     try:
         flags = {name: checked(name, text) for name, text in flags.items()}
-        constants = argparse.Namespace(**{name: checked(name, value) for name, value in file.items()} | flags)
+        constants = argparse.Namespace(**{name: checked(name, value) for name, value in defaults.items()} | flags)
         checked("SEED", constants.SEED + constants.RUNS - 1)  # the last run's
         return constants, flags
     except ValueError as error:
