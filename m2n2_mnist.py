@@ -66,7 +66,9 @@ ALPHA = 1.0  # competition: 1 shares each example among its models, 0 is none
 INIT_STD = 0.01  # standard deviation of the two random models at the start
 MUTATION_STD = 0.005  # σ, standard deviation of the mutation, at the start of a run; the paper's 0.01
 FINAL_MUTATION_STD = 0.001  # σ at its end; the paper's is constant
-PRIOR_STD = 0.2  # mutation first shrinks weights, so that unused ones stay N(0, PRIOR_STD²); above σ; 0: off (paper)
+PRIOR_STD = (
+    0.2  # mutation shrinks weights, so that unused ones tend to N(0, PRIOR_STD²); keep it above σ; 0: off (paper)
+)
 USE_CROSSOVER = True  # False: a child is a mutated copy of its first parent
 USE_SPLIT_POINT = True  # False: one SLERP over the whole vector
 USE_ATTRACTION = True  # False: both parents are drawn by fitness
@@ -116,10 +118,10 @@ class MLP(nn.Module):
 
 # --- Data ---
 def deskew(images: Tensor) -> Tensor:
-    """Images `(examples, 1, side, side)`, each sheared about its centre of mass until its principal axis is upright.
+    """Images `(examples, 1, side, side)`, each sheared about its centre of mass until its ink stands upright.
 
-    A row moves by k times its distance from the centre, k = Σ m dx dy / Σ m dy² over the pixels' ink m, at most ±1
-    (LeCun, Bottou, Bengio, Haffner 1998). An image without ink stays as it is.
+    A row moves by k times its distance from the centre, k = Σ m dx dy / Σ m dy² over the pixels' ink m, at most ±1,
+    which makes Σ m dx dy zero (LeCun, Bottou, Bengio, Haffner 1998). An image without ink stays as it is.
     """
     # x and y are the coordinates of the pixels' centres, from -1 to 1, (1, side, side).
     x, y = nn.functional.affine_grid(torch.eye(2, 3)[None], [1, *images.shape[1:]], align_corners=False).unbind(-1)
@@ -285,7 +287,7 @@ class M2N2:
         shape = self.archive_size + 1, params + len(self.train_labels)
         self._rows = torch.zeros(shape, device=self.train_images.device)
         self._unmutated, self._noise = self._rows.new_zeros(2, params)  # of the last child
-        self._retry = self._rows.new_zeros(1, dtype=torch.bool)  # whether the next one is that with its noise negated
+        self._retry = self._rows.new_zeros(1, dtype=torch.bool)  # whether the next child is that one again, with -noise
         self._sigma, self._shrink = self._rows.new_tensor([[self.mutation_std], [1]])  # set by `evolve` before a step
         self._accepted = self._rows.new_zeros(1)  # children that entered the archive since the last row of history
         self.iteration, self.history = 0, []
@@ -402,7 +404,7 @@ class M2N2:
         return torch.cat([functional_call(self.model, views, batch).T.float() for batch in batches], dim=1)
 
     def _update_fitness(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """f_i = Σ_j s_ij / z_j^α, 0 where z_j = 0, `(models,)`, and the rewards 1 / z_j^α, `(examples,)`."""
+        """Return f_i = Σ_j s_ij / z_j^α, 0 where z_j = 0, `(models,)`, and the rewards 1 / z_j^α, `(examples,)`."""
         rewards = scores.nansum(dim=0).clamp_(min=1e-12).pow_(-self.alpha)  # a child that overflowed has NaN scores
         # Equal rows must have equal sums, or rounding would choose between identical models. A matrix product does not
         # give them, nor does CUDA to rows that do not all start at a multiple of four numbers: hence the padding.
@@ -501,8 +503,8 @@ def captured_step(m2n2: M2N2) -> Callable[[], None]:
         if torch.__version__ < "2.14":  # compared as versions; a later torch registers a generator on its first use
             graph.register_generator_state(generator)
         options = {"stream": torch.cuda.Stream(device), "capture_error_mode": "thread_local"}
-        present = torch.cuda.stream(torch.cuda.current_stream(device))  # is the stream again, even if capture fails
-        with torch.cuda.device(device), present, torch.cuda.graph(graph, **options):
+        current = torch.cuda.stream(torch.cuda.current_stream(device))  # restores it, which a failed capture does not
+        with torch.cuda.device(device), current, torch.cuda.graph(graph, **options):
             m2n2._step()
     except RuntimeError as error:
         if rank_zero_only.rank == 0:
@@ -603,7 +605,7 @@ def checked(name: str, value: object) -> int | float | bool | str:
         if kind is Path and isinstance(value, str | Path):
             return str(os.path.expanduser(value))
         if kind in (str, bool) and isinstance(value, str | bool | np.bool_):
-            choices = {str(choice).lower(): choice for choice in limits}  # "true" is True, "MNIST" is "mnist"
+            choices = {str(choice).lower(): choice for choice in limits}  # "true": True, "mnist": "MNIST"
             return choices[str(value).strip().lower()]
         if kind in (int, float) and isinstance(value, str | Real) and not isinstance(value, bool):
             number = float(value) if isinstance(value, str) else value
