@@ -66,9 +66,7 @@ ALPHA = 1.0  # competition: 1 shares each example among its models, 0 is none
 INIT_STD = 0.01  # standard deviation of the two random models at the start
 MUTATION_STD = 0.005  # σ, standard deviation of the mutation, at the start of a run; the paper's 0.01
 FINAL_MUTATION_STD = 0.001  # σ at its end; the paper's is constant
-PRIOR_STD = (
-    0.2  # mutation shrinks weights, so that unused ones tend to N(0, PRIOR_STD²); keep it above σ; 0: off (paper)
-)
+PRIOR_STD = 0.2  # mutation shrinks weights, so that unused ones tend to N(0, PRIOR_STD²); above σ; 0: off (paper)
 USE_CROSSOVER = True  # False: a child is a mutated copy of its first parent
 USE_SPLIT_POINT = True  # False: one SLERP over the whole vector
 USE_ATTRACTION = True  # False: both parents are drawn by fitness
