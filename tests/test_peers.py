@@ -1,12 +1,14 @@
 """The methods M2N2 is held against: each keeps to its budget and learns."""
 
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import peers
 import pytest
 import torch
 from conftest import all_scores, child_of
-from peers import OURS, SETTINGS, Evaluator, LogLikelihoodGA, plot, run, train_by_adam
+from peers import OURS, SETTINGS, Evaluator, LogLikelihoodGA, plot, run, search, train_by_adam
 from torch import Tensor
 
 from m2n2_mnist import M2N2, MLP
@@ -59,6 +61,19 @@ def test_log_likelihood_decides_who_stays() -> None:
         m2n2._update_archive()
         changed = [row for row in range(3) if not torch.equal(m2n2.scores[row], before[row])]
         assert changed == [gone] * (gone < 3)  # the second has the highest sum of scores, but not of their logarithms
+
+
+def test_pgpes_learning_rate_falls_to_its_end() -> None:
+    """From 0 to 0 its centre stays where it is; to 0.1 it moves, more and more."""
+    pytest.importorskip("evotorch", reason="tests/requirements-peers.txt is not installed")
+    evaluator, start, steps = Evaluator(on_clouds(examples=40)), torch.zeros(346), {}
+    for end in (0.0, 0.1):
+        centres, evaluator.passes = [start], 0
+        settings = SETTINGS["PGPE"] | {"center_learning_rate": 0.0, "final_center_learning_rate": end}
+        after = partial(lambda seen, centre: seen.append(centre.clone()), centres)
+        search("PGPE", evaluator, start, 3_000, 0, True, after, **settings)
+        steps[end] = [float((b - a).norm()) for a, b in pairwise(centres)]
+    assert steps[0.0] == [0, 0, 0] and 0 < steps[0.1][0] < steps[0.1][1]
 
 
 def test_adam_starts_from_its_seed() -> None:
