@@ -4,9 +4,9 @@
     python tests/peers.py --methods PGPE --seeds 42 43 44
 
 Each gets as many forward passes over the training images as M2N2 and starts from N(0, 0.01^2). What counts is the
-centre of the last distribution or the best model ever evaluated, whichever has the higher training accuracy. Adam is
-no peer but the reference: the same MLP by gradient descent. Every 1,000 passes a row goes to the run's file
-runs/peers/METHOD-SEED.csv, and `--plot peers.png` draws all of them.
+centre of the last distribution or the best model ever evaluated, whichever has the higher training accuracy; of M2N2
+and the GAs it is the best in the archive. Adam is no peer but the reference: the same MLP by gradient descent. Any
+other run, when done, writes its test accuracy every 1,000 passes to runs/peers/METHOD-SEED.csv; `--plot` draws these.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""On CUDA: the graph captured of an iteration computes the same bits, and nothing in one waits for the host.
+"""On CUDA: the graph captured of an iteration computes the same bits, and in one the host waits for nothing.
 
 The first part needs no GPU: PyTorch's fake tensors say they are on one, and compute shapes only.
 """
