@@ -300,8 +300,9 @@ class M2N2:
     scores = property(lambda self: self._rows[:-1, self._params :])  # (archive, examples of this process)
 
     def evolve(self, iterations: int, test_every: int = TEST_EVERY, after_child: Callable = lambda m2n2: False) -> None:
-        """Make `iterations` more children, or until `after_child(self)`; extend `history` each `test_every` and at the end.
+        """Make `iterations` more children, or stop once `after_child(self)` is true.
 
+        Every `test_every` children, and after the last, a row goes to `history`.
         σ falls over the `schedule` by half a cosine, from `mutation_std` to `final_mutation_std`, and stays there.
         """
         test_every, first = checked("test_every", test_every), self.iteration
