@@ -723,11 +723,10 @@ def new_folder(output_dir: str) -> str:
     """A new version_N with a copy of this script; making it claims it, as only one of several runs can."""
     parent = Path(output_dir, "m2n2_mnist")
     with explained(f"{parent} cannot be written", "Choose another OUTPUT_DIR."):
-        parent.mkdir(parents=True, exist_ok=True)
         for number in count():
+            folder = parent / f"version_{number}"
             with contextlib.suppress(FileExistsError):
-                folder = parent / f"version_{number}"
-                folder.mkdir()
+                folder.mkdir(parents=True)
                 (folder / Path(__file__).name).write_bytes(SOURCE)
                 return str(folder)
 
