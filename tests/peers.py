@@ -34,7 +34,7 @@ SETTINGS = {
     "PGPE": {
         "popsize": 50,
         "center_learning_rate": 0.01,
-        "final_center_learning_rate": 0.01,  # or falling to another, as M2N2's σ does
+        "final_center_learning_rate": 0.005,  # it falls as M2N2's σ does
         "stdev_learning_rate": 0.1,
         "stdev_init": 0.03,
     },
@@ -133,7 +133,7 @@ def search(
     else:
         searcher = CMAES(problem, center_init=start, separable=True, **settings)
     while evaluator.passes + settings["popsize"] <= children:
-        if method == "PGPE":  # whose learning rate may fall as M2N2's σ does
+        if method == "PGPE":  # by half a cosine
             wave = (1 + np.cos(np.pi * evaluator.passes / children)) / 2
             rate = final + (settings["center_learning_rate"] - final) * wave
             searcher.optimizer.param_groups[0]["lr"] = rate
