@@ -226,8 +226,7 @@ class M2N2:
     the first of them, and children the next. Under torch.distributed every process holds the whole archive and its own
     part of the training examples; all draw the same random numbers, and fitness is summed over them.
 
-    Symbols are the paper's: s_ij in [0, 1] is the score of model i on training example j, z_j = Σ_i s_ij, and f_i the
-    fitness of model i.
+    The paper's symbols: s_ij in [0, 1], the score of model i on training example j; z_j = Σ_i s_ij; f_i, a fitness.
     Attributes: the arguments, `archive`, `scores`, `iteration` (children so far), `history` (rows that `evolve` made).
     """
 
@@ -302,16 +301,14 @@ class M2N2:
     def evolve(self, iterations: int, test_every: int = TEST_EVERY, after_child: Callable = lambda m2n2: False) -> None:
         """Make `iterations` more children, or stop once `after_child(self)` is true.
 
-        Every `test_every` children, and after the last, a row goes to `history`.
-        σ falls over the `schedule` by half a cosine, from `mutation_std` to `final_mutation_std`, and stays there.
+        Each `test_every` children and at the end a row goes to `history`. σ falls by half a cosine over `schedule`.
         """
         test_every, first = checked("test_every", test_every), self.iteration
         end = first + checked("iterations", iterations)
         self.schedule = self.schedule or end
         make_child = self._step
         options = {"initial": first, "total": end, "disable": rank_zero_only.rank > 0}
-        seconds = 0.1 if sys.stderr.isatty() else 10  # between two updates: a log should stay short
-        with tqdm(desc="Evolving Models", mininterval=seconds, **options) as bar:
+        with tqdm(desc="Evolving Models", mininterval=0.1 if sys.stderr.isatty() else 10, **options) as bar:  # seconds
             while self.iteration < end:
                 if self._rows.is_cuda and self.iteration == first + 3:  # by then CUDA's libraries are set up
                     make_child = captured_step(self)
@@ -323,8 +320,7 @@ class M2N2:
                 self.iteration += 1
                 bar.update()
                 if self.iteration % test_every == 0 or self.iteration == end:
-                    row = self._measure()
-                    self.history.append(row)
+                    self.history.append(row := self._measure())
                     shown = {name: f"{row[name]:.2%}" for name in ("train_acc", "test_acc")}
                     bar.set_postfix(best_fitness=f"{row['best_fitness']:.0f}", **shown, refresh=False)
                 if after_child(self):
