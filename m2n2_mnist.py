@@ -468,9 +468,8 @@ class M2N2:
     def state_dict(self) -> dict:
         """All that `load_state_dict` needs to go on as if nothing had happened."""
         tensors = {name: getattr(self, "_" + name).clone() for name in ("accepted", "unmutated", "noise", "retry")}
-        random = {"generator": self._generator.get_state()}
         progress = {"iteration": self.iteration, "schedule": self.schedule, "history": list(self.history)}
-        return {"archive": self.archive.clone()} | tensors | random | progress
+        return {"archive": self.archive.clone(), "generator": self._generator.get_state()} | tensors | progress
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from the state of an M2N2 with equal arguments; scores are recomputed. A schedule given here stays."""
@@ -770,9 +769,10 @@ def run(
 
 def report(fabric: Fabric, m2n2: M2N2, histories: list[list[dict]], folder: Path) -> float:
     """The best model, the figure, and the last lines of a run; the test accuracy of that model."""
-    atomic_save(partial(torch.save, m2n2.best_model().cpu().state_dict()), folder / "best_model.pt")
+    best, end = m2n2.best_model(), "Evolution finished."
+    accuracy = m2n2.test_accuracy(get_params(best)[None])
+    atomic_save(partial(torch.save, best.cpu().state_dict()), folder / "best_model.pt")
     plot_evolution(histories, m2n2.class_accuracies().cpu(), folder / "evolution.png")
-    accuracy, end = m2n2.test_accuracy(m2n2.best_params()[None]), "Evolution finished."
     if m2n2.iteration < m2n2.schedule:  # which is ITERATIONS
         end = f"Evolution interrupted at iteration {m2n2.iteration}. To go on, give no flag but --resume {folder}"
     fabric.print(f"Test accuracy of the archive as an ensemble: {m2n2.test_accuracy(m2n2.archive):.2%}")
