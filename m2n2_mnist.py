@@ -2,7 +2,7 @@
 
 This is Model Merging of Natural Niches, Experiment 1 of "Competition and Attraction Improve Model Fusion" (Abrantes,
 Lange, Tang; arXiv:2508.16204), on the real MNIST. 50,000 children, each evaluated on all training images, reach
-98.08 ± 0.09 % test accuracy (mean ± SD of seeds 42 to 46) with an MLP 64-128-10, in 14 seconds on an H100 or 11 to 14
+98.08 ± 0.09 % test accuracy (mean ± SD of seeds 42 to 46) with an MLP 64-128-10, in 14 seconds on an H100 or 11
 minutes on 2 CPU cores. PGPE is level with it on the same images and budget (README).
 
     python m2n2_mnist.py                              # the experiment of the constants below
@@ -110,8 +110,9 @@ class MLP(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         hidden = self.hidden(images.flatten(1)).relu_()
-        # self.output(hidden), but stored class by class, which makes the softmax and the gather after it twice as fast.
-        return torch.addmm(self.output.bias[:, None], self.output.weight, hidden.T).T
+        # self.output(hidden), with rows of zeros up to a multiple of 16, which makes the product up to twice as fast.
+        weight = nn.functional.pad(self.output.weight, (0, 0, 0, -len(self.output.weight) % 16))
+        return (hidden @ weight.T)[:, : len(self.output.weight)] + self.output.bias
 
 
 # --- Data ---
@@ -251,7 +252,7 @@ class M2N2:
         use_attraction: bool = USE_ATTRACTION,
         use_mirroring: bool = USE_MIRRORING,
         schedule: int = 0,  # children over which σ falls; 0: to the end of the first `evolve`
-        eval_batch_size: int = 0,  # images evaluated at a time; 0: 4,000 on a CPU, for its caches, all on a GPU
+        eval_batch_size: int = 0,  # images evaluated at a time; 0: 6,000 on a CPU, for its caches, all on a GPU
         initial_models: Sequence[nn.Module] = (),
         seed: int = SEED,
     ) -> None:
@@ -264,7 +265,7 @@ class M2N2:
         self.class_sizes = labels.bincount(minlength=int(self.test_labels.max()) + 1)  # (classes,), of all processes
         rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.train_images, self.train_labels = (whole.tensor_split(processes)[rank] for whole in (images, labels))
-        self.eval_batch_size = self.eval_batch_size or (len(images) if images.is_cuda else 4_000)
+        self.eval_batch_size = self.eval_batch_size or (len(images) if images.is_cuda else 6_000)
         self.model = checked_model(model, self.test_images, len(self.class_sizes))
         self._generator = torch.Generator(images.device).manual_seed(self.seed)
         self._fill_archive(initial_models)
