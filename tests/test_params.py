@@ -20,13 +20,15 @@ def test_mlp_of_the_paper() -> None:
     assert len(get_params(model)) == 19_210 and torch.equal(images, before)
 
 
-def test_the_mlp_learns_by_gradient_too() -> None:
-    """Its in-place ReLU and its transposed logits have the gradients of the plain formula."""
-    model, images = MLP(6, 5, 3), torch.randn(9, 6)
-    plain = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+@pytest.mark.parametrize("classes", [3, 16, 17])
+def test_the_mlp_is_the_plain_formula(classes: int) -> None:
+    """Its in-place ReLU and its padded output layer have the logits and the gradients of it."""
+    model, images = MLP(6, 5, classes), torch.randn(9, 6)
+    plain = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, classes))
     set_params(plain, get_params(model))
     for network in (model, plain):
         nn.functional.cross_entropy(network(images), torch.arange(9) % 3).backward()
+    torch.testing.assert_close(model(images), plain(images))
     for one, two in zip(model.parameters(), plain.parameters(), strict=True):
         assert one.grad.any()
         torch.testing.assert_close(one.grad, two.grad)
