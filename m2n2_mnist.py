@@ -2,8 +2,8 @@
 
 This is Model Merging of Natural Niches, Experiment 1 of "Competition and Attraction Improve Model Fusion" (Abrantes,
 Lange, Tang; arXiv:2508.16204), on the real MNIST. 50,000 children, each evaluated on all training images, reach
-98.15 ± 0.08 % test accuracy (mean ± SD of seeds 42 to 46) with an MLP 64-128-10, in 17 minutes on one CPU core, 11 on
-two. An H100 had 98.08 ± 0.09 % in 14 seconds. PGPE is level with it on the same images and budget (README).
+98.15 ± 0.08 % test accuracy (mean ± SD of seeds 42 to 46) with an MLP 64-128-10, in 17 minutes on one CPU core, 10 to
+11 on two. An H100 had 98.08 ± 0.09 % in 14 seconds. PGPE is level with it on the same images and budget (README).
 
     python m2n2_mnist.py                              # the experiment of the constants below
     python m2n2_mnist.py --iterations 1000 --seed 7   # any constant overridden; --help explains them
