@@ -80,14 +80,14 @@ def make_m2n2(
     return M2N2(MLP(inputs, hidden, classes), images, labels, images, labels, **settings)
 
 
-def child_of(m2n2: M2N2) -> tuple[torch.Tensor, torch.Tensor]:
-    """The child's parameters and its scores, views of the state."""
-    return m2n2._rows[-1].split([m2n2.archive.shape[1], m2n2.scores.shape[1]])
+def all_models(m2n2: M2N2) -> torch.Tensor:
+    """The parameters of the archive and, in the last row, of the child: the state itself."""
+    return m2n2._models
 
 
 def all_scores(m2n2: M2N2) -> torch.Tensor:
-    """Those of the archive and, in the last row, of the child: a view of the state."""
-    return m2n2._rows[:, m2n2.archive.shape[1] :]
+    """Their scores likewise."""
+    return m2n2._scores
 
 
 # --- The script as a user runs it ---
