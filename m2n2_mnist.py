@@ -61,7 +61,7 @@ HIDDEN_DIM = 128  # hidden units of the MLP; the paper's 256
 # M2N2
 ARCHIVE_SIZE = 4  # models in the archive, K; the paper's 20
 SUBSET_SIZE = 10_000  # training examples that a child is scored on; 0 for all of them, the paper's
-SUBSET_EVERY = 500  # children after which these examples are chosen anew
+SUBSET_EVERY = 1_000  # children after which these examples are chosen anew
 SCORE = "probability"  # that of the true class, or the paper's 0/1: "correct"
 TEMPERATURE = 0.67  # of the softmax of the probability; higher is smoother
 ALPHA = 1.0  # competition: 1 shares each example among its models, 0 is none

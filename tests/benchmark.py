@@ -1,10 +1,11 @@
-"""What a child of M2N2 costs: against the bare forward pass, and against the authors' published loop.
+"""What a child of M2N2 costs, beside the bare forward pass and beside the authors' own loop.
 
     python tests/benchmark.py [--all]
     python tests/benchmark.py --authors ../natural_niches --authors-python python-with-jax
 
-Whatever is compared is timed in turn, on the same data. The table's data is random, and it has two views. Fastest:
-single steps and passes, on a noisy machine the steadiest figure. Sustained: what a run gets, pieces of one `evolve`.
+Whatever is compared is timed in turn, on the same data. The table's data is random, and it has two
+views. Fastest: single steps and passes, on a noisy machine the steadiest figure. Sustained: what a
+run gets, pieces of one `evolve`, without its rows; a new subset is timed by itself.
 """
 
 import argparse
@@ -27,8 +28,9 @@ from torch import Tensor
 from m2n2_mnist import M2N2, MLP, captured_step
 
 DIGITS = {"examples": 1_437, "image_size": 8, "hidden_dim": 256}  # the paper's data and model
-# The authors' functions as they are; only the data and the sizes, which they take from their modules, are put in. The
-# data is on JAX's device: as the NumPy arrays of theirs it would be converted anew for each child.
+# The authors' functions as they are; only the data and the sizes, which they take from their
+# modules, are put in. The data is on JAX's device: as the NumPy arrays of theirs it would be
+# converted anew for each child.
 PUBLISHED_LOOP = """
 import contextlib, io, sys, time
 folder, arrays, hidden_dim, num_params, pop_size = sys.argv[1:]
@@ -37,13 +39,16 @@ import jax, numpy
 import data, model
 x_train, y_train, x_test, y_test = map(jax.numpy.asarray, numpy.load(arrays).values())
 data.load_data = lambda: ((x_train, y_train), (x_test, y_test))
-model.input_dim, model.hidden_dim, model.num_params = x_train.shape[1], int(hidden_dim), int(num_params)
+model.input_dim, model.hidden_dim = x_train.shape[1], int(hidden_dim)
+model.num_params = int(num_params)
 from natural_niches_fn import run_natural_niches
-features = dict.fromkeys(["no_matchmaker", "no_crossover", "no_splitpoint", "use_pre_trained"], False)
+names = ["no_matchmaker", "no_crossover", "no_splitpoint", "use_pre_trained"]
+features = dict.fromkeys(names, False)
 for children in sys.stdin:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         start = time.perf_counter()
-        jax.block_until_ready(run_natural_niches(1, int(pop_size), int(children), False, **features))
+        archive = run_natural_niches(1, int(pop_size), int(children), False, **features)
+        jax.block_until_ready(archive)
         seconds = time.perf_counter() - start
     print(seconds, flush=True)
 """
@@ -62,7 +67,7 @@ def milliseconds(function: Callable[[], object], calls: int = 1) -> float:
 
 
 def captured(function: Callable[[], None]) -> Callable[[], None]:
-    """The replay of a CUDA graph of it, so that the forward pass is spared the launches that a step is spared."""
+    """The replay of a CUDA graph of it: a step is spared its launches, so the pass is too."""
     function()  # what libraries set up at first use cannot be captured
     torch.cuda.synchronize()
     with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
@@ -71,10 +76,9 @@ def captured(function: Callable[[], None]) -> Callable[[], None]:
 
 
 def evolve(m2n2: M2N2, children: int) -> None:
-    """So many children by `evolve`, its bar out of sight, stopped before the end, at which it would test K models."""
-    end = m2n2.iteration + children
+    """So many children by `evolve`, its bar out of sight."""
     with contextlib.redirect_stderr(io.StringIO()):
-        m2n2.evolve(10**9, 10**9, lambda m2n2: m2n2.iteration == end)
+        m2n2.evolve(children, 10**9)
 
 
 def measure(
@@ -85,59 +89,81 @@ def measure(
     hidden_dim: int = script.HIDDEN_DIM,
     **settings: object,
 ) -> list[float]:
-    """Milliseconds: fastest step, fastest forward pass, median child of a piece of `evolve`, median forward pass.
+    """Milliseconds: fastest step and forward pass, median child and forward pass, a new subset.
 
-    A forward pass is the model's alone, whole or in M2N2's batches, whichever is faster.
+    The step is one of a piece of `evolve`. A forward pass is the model's alone on the examples that
+    a child is scored on, whole or in M2N2's batches, whichever is faster, by PyTorch's own threads.
     """
     torch.manual_seed(0)
     images = torch.randn(examples, 1, image_size, image_size).to(device)
     labels = torch.randint(10, (examples,), device=device)
     model = MLP(image_size**2, hidden_dim)
-    m2n2 = M2N2(model, images, labels, images[:100], labels[:100], **settings)
+    tensors = (images, labels, images[:100], labels[:100])
+    m2n2 = M2N2(model, *tensors, subset_every=10**9, **settings)
+    row = dict.fromkeys(("best_fitness", "train_acc", "test_acc"), 0)
+    m2n2._measure = lambda: row  # at the end of a piece, which is no end
     model.to(device)
 
     @torch.inference_mode()
     def forward(batch_size: int) -> None:
-        for batch in images.split(batch_size):
+        for batch in m2n2._images.split(batch_size):
             model(batch)
 
     evolve(m2n2, 5 * m2n2.archive_size)  # no empty slots
     calls = 100 if device.type == "cuda" else 1  # a launch alone is too short to be timed
     step = captured_step(m2n2) if device.type == "cuda" else m2n2._step
-    children = max(10, round(250 / milliseconds(step, calls)))  # a piece of a quarter of a second
+
+    def single_step() -> None:
+        with script.one_thread():  # as `evolve` makes it
+            step()
+
+    children = max(10, round(250 / milliseconds(single_step, calls)))  # a quarter of a second
     piece = partial(evolve, m2n2, children)
-    passes = [partial(forward, size) for size in {examples, min(examples, m2n2.eval_batch_size)}]
+    sizes = {len(m2n2._images), min(len(m2n2._images), m2n2.eval_batch_size)}
+    passes = [partial(forward, size) for size in sizes]
     if device.type == "cuda":
         passes = [captured(function) for function in passes]
-    singles = [step, *passes]
-    times = [[milliseconds(piece) / children, *(milliseconds(f, calls) for f in singles)] for _ in range(rounds)]
-    (_, step, *fastest), (child, _, *medians) = np.min(times, axis=0), np.median(times, axis=0)
-    return [step, min(fastest), child, min(medians)]
+    singles = [single_step, *passes]
+    times = [
+        [milliseconds(piece) / children, *(milliseconds(single, calls) for single in singles)]
+        for _ in range(rounds)
+    ]
+    (_, step_time, *fastest) = np.min(times, axis=0)
+    (child, _, *medians) = np.median(times, axis=0)
+    subset = milliseconds(m2n2._choose_subset, 3)
+    return [step_time, min(fastest), child, min(medians), subset]
 
 
 def table(rounds: int | None, everything: bool) -> None:
     """A row for each setting of interest; `everything` adds how the time scales."""
-    device = script.launch(script.ACCELERATOR).device
+    device = torch.device(script.ACCELERATOR)
     rounds = rounds or (10 if device.type == "cuda" else 40)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} threads"
+    )
     print(f"{device.type} ({name}), float32, torch {torch.__version__}; ms, {rounds} rounds")
     print(f"{'':38}{'fastest':>16}{'':10}{'sustained (medians)':>24}")
-    print(f"{'':38}    step  forward  ratio     child  forward  ratio  children/s")
+    head = "    step  forward  ratio     child  forward  ratio  children/s  new subset"
+    print(f"{'':38}{head}")
 
     def row(title: str, **shape: object) -> None:
-        step, fastest, child, median = measure(device, rounds, **shape)
+        step, fastest, child, median, subset = measure(device, rounds, **shape)
         single = f"{step:8.3f}{fastest:9.3f}{step / fastest:7.2f}"
-        print(f"{title:38}{single}{child:10.3f}{median:9.3f}{child / median:7.2f}{1e3 / child:12.0f}", flush=True)
+        sustained = f"{child:10.3f}{median:9.3f}{child / median:7.2f}{1e3 / child:12.0f}"
+        print(f"{title:38}{single}{sustained}{subset:12.1f}", flush=True)
 
     side, hidden, size = script.IMAGE_SIZE, script.HIDDEN_DIM, script.ARCHIVE_SIZE
     row(f"defaults: {side}x{side}, {hidden} hidden, K = {size}")
     row("the same, 0/1 scores", score="correct")
+    row("the same, all 60,000 images", subset_size=0)
     row("28x28, 128 hidden", image_size=28, hidden_dim=128)
-    row("14x14, 32 hidden, K = 20, 0/1", image_size=14, hidden_dim=32, **PAPER)
+    row("14x14, 32 hidden, K = 20, 0/1, all", image_size=14, hidden_dim=32, **PAPER)
     row("1,437 of 8x8, 256 hidden, K = 20, 0/1", **DIGITS, **PAPER)
     if everything:
-        for examples in (6_000, 15_000, 30_000, 60_000):
-            row(f"{examples:,} examples", examples=examples)
+        for subset in (2_500, 5_000, 20_000, 40_000):
+            row(f"{subset:,} images a child", subset_size=subset)
         for size in (10, 20, 40, 80):
             row(f"K = {size}", archive_size=size)
         for hidden in (32, 64, 128, 256, 512):
@@ -148,21 +174,23 @@ def table(rounds: int | None, everything: bool) -> None:
 def jax_version(folder: Path, python: str) -> str:
     """That of `python`, if it can run the authors' code; else one line and the end."""
     if not (folder / "natural_niches_fn.py").is_file():
-        sys.exit(f"Error: {folder} holds no natural_niches_fn.py. Clone github.com/SakanaAI/natural_niches there.")
+        sys.exit(
+            f"Error: {folder} holds no natural_niches_fn.py: clone SakanaAI/natural_niches there."
+        )
     needed = "jax, optax, sklearn, tqdm"
     try:
         command = [python, "-c", f"import {needed}; print(jax.__version__)"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError) as error:
         why = (getattr(error, "stderr", None) or str(error)).splitlines()[-1]
-        sys.exit(f"Error: {python} cannot import {needed} ({why}). Install them, or name another by --authors-python.")
+        sys.exit(f"Error: {python} cannot import {needed} ({why}). --authors-python names another.")
 
 
 @contextlib.contextmanager
 def published_loop(
     folder: Path, python: str, tensors: list[Tensor], hidden_dim: int, params: int
 ) -> Iterator[Callable[[int], float]]:
-    """The authors' whole loop as a function from children to seconds: one process, so that JAX compiles once."""
+    """The authors' loop, from children to seconds, in one process: JAX compiles once."""
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary, "arrays.npz")
         np.savez(path, *tensors)
@@ -191,9 +219,10 @@ def our_loop(tensors: list[Tensor], hidden_dim: int, children: int) -> float:
 
 def compare(folder: Path, python: str, data_dir: str, rounds: int, children: int | None) -> None:
     """Children a second of both, in rounds of a whole loop each, on the CPU in float32."""
-    versions = f"torch {torch.__version__} ({torch.get_num_threads()} threads), jax {jax_version(folder, python)}"
+    versions = f"torch {torch.__version__} ({torch.get_num_threads()} threads)"
+    versions += f", jax {jax_version(folder, python)}"
     print(f"cpu ({os.cpu_count()} cores), float32, {versions}")
-    print(f"K = 20, 0/1 scores, sigma = 0.01, no mirroring; whole loops in turn, {rounds} rounds")
+    print(f"K = 20, 0/1 scores, sigma = 0.01, all images; whole loops in turn, {rounds} rounds")
     tests = f"ours the best every {script.TEST_EVERY:,} and at the end"
     print(f"The published loop also tests a model after each child, {tests}.")
     print(f"{'children/s, median (min to max)':40}{'theirs':>22}{'ours':>22}  ratio")
@@ -211,26 +240,38 @@ def compare(folder: Path, python: str, data_dir: str, rounds: int, children: int
                 loop(10)  # JAX compiles
             rates = np.array([[count / loop(count) for loop in loops] for _ in range(rounds)]).T
         medians = np.median(rates, axis=1)
-        spreads = (f"{m:.0f} ({r.min():.0f} to {r.max():.0f})" for m, r in zip(medians, rates, strict=True))
-        print(f"{title:40}{''.join(f'{x:>22}' for x in spreads)}{medians[1] / medians[0]:7.2f}", flush=True)
+        spreads = (
+            f"{m:.0f} ({r.min():.0f} to {r.max():.0f})" for m, r in zip(medians, rates, strict=True)
+        )
+        print(
+            f"{title:40}{''.join(f'{x:>22}' for x in spreads)}{medians[1] / medians[0]:7.2f}",
+            flush=True,
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--all", action="store_true", help="also by number of examples, K and hidden units")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="also by number of examples, K and hidden units"
+    )
     parser.add_argument("--rounds", type=int, help="default: 40, on CUDA 10, with --authors 5")
-    parser.add_argument("--authors", type=Path, help="folder of SakanaAI/natural_niches, to compare with instead")
-    parser.add_argument("--authors-python", default=sys.executable, help="a Python that has JAX (default: this one)")
-    parser.add_argument("--children", type=int, help="of a round with --authors (default: 2,000 digits, 500 MNIST)")
+    parser.add_argument(
+        "--authors", type=Path, help="folder of SakanaAI/natural_niches, to compare with instead"
+    )
+    parser.add_argument(
+        "--authors-python", default=sys.executable, help="a Python that has JAX (default: this one)"
+    )
+    parser.add_argument(
+        "--children", type=int, help="of a round with --authors (default: 2,000 digits, 500 MNIST)"
+    )
     parser.add_argument("--data-dir", default=script.DATA_DIR, help="of MNIST for --authors")
     arguments = parser.parse_args()
     if arguments.authors is None:
         return table(arguments.rounds, arguments.all)
-    try:
-        python, data_dir = arguments.authors_python, arguments.data_dir
-        compare(arguments.authors, python, data_dir, arguments.rounds or 5, arguments.children)
-    except script.UserError as error:
-        sys.exit(f"Error: {error}")
+    python, data_dir = arguments.authors_python, arguments.data_dir
+    compare(arguments.authors, python, data_dir, arguments.rounds or 5, arguments.children)
 
 
 if __name__ == "__main__":

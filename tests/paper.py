@@ -1,4 +1,4 @@
-"""Experiment 1 of the paper on its own data, scikit-learn's 8x8 digits: from scratch and from two trained models.
+"""Experiment 1 of the paper on its own data, 8x8 digits: from scratch, and from two trained models.
 
 python tests/paper.py --table scratch --seeds 10
 python tests/paper.py --table pretrained --seeds 10
@@ -54,14 +54,16 @@ NEED_EVOTORCH = {"separable CMA-ES", "MAP-Elites"}
 
 
 class MLPByPixel(nn.Module):
-    """The same function as an `MLP`, its parameters in the paper's order, which is what a split point cuts.
+    """The same function as an `MLP`, its parameters in the paper's order: a split point cuts it.
 
-    `nn.Linear` keeps the weights of a hidden unit together, the paper's code those of an input pixel.
+    `nn.Linear` keeps the weights of a hidden unit together, the paper's those of an input pixel.
     """
 
     def __init__(self, mlp: MLP) -> None:
         super().__init__()
-        self.transposed = nn.ParameterList(p.detach().t().contiguous().clone() for p in mlp.parameters())
+        self.transposed = nn.ParameterList(
+            p.detach().t().contiguous().clone() for p in mlp.parameters()
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         hidden_weight, hidden_bias, weight, bias = self.transposed
@@ -72,7 +74,7 @@ ORDERS = {"by hidden unit": lambda mlp: mlp, "by input pixel": MLPByPixel}
 
 
 def experiment(method: str, order: str, pretrained: bool, seed: int) -> M2N2:
-    """M2N2 as Experiment 1 has it, but for what the method changes; its first two models are also its peers' start."""
+    """M2N2 as Experiment 1 has it, but for what the method changes; its peers start like it."""
     tensors, settings = digits(), (MERGING if pretrained else PAPER) | VARIANTS.get(method, {})
     specialists = train_specialists(*tensors[:2], seed) if pretrained else []
     first = [ORDERS[order](mlp) for mlp in specialists]
@@ -80,7 +82,7 @@ def experiment(method: str, order: str, pretrained: bool, seed: int) -> M2N2:
 
 
 def brute_force(evaluator: Evaluator, a: Tensor, b: Tensor, points: int = 10_000) -> Tensor:
-    """The authors' grid: the SLERP, without a split point, of the highest training accuracy, the first of equals."""
+    """The authors' grid: the SLERP, without a split point, of the highest training accuracy."""
     return max((slerp(w, a, b) for w in torch.linspace(0, 1, points)), key=evaluator.accuracy)
 
 
@@ -98,22 +100,40 @@ def run(table: str, children: int, job: tuple[str, str, int]) -> float:
         elif method == "MAP-Elites":
             best = map_elites(evaluator, len(start[0]), children, seed, m2n2.mutation_std, start)
         else:
-            best = search(method, evaluator, start[0], children, seed, by_loss=False, popsize=20, stdev_init=0.01)
+            best = search(
+                method,
+                evaluator,
+                start[0],
+                children,
+                seed,
+                by_loss=False,
+                popsize=20,
+                stdev_init=0.01,
+            )
         return evaluator.test_accuracy(best)
 
 
-def rows_of(table: str, methods: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[str, str, list[tuple]]]:
+def rows_of(
+    table: str, methods: Sequence[str], seeds: Sequence[int]
+) -> Iterator[tuple[str, str, list[tuple]]]:
     """The label of each row, the paper's figure, and its jobs for `run`."""
     for method in methods:
-        both = table == "pretrained" and method not in ("brute force", "M2N2 without split point")  # else the same
+        both = table == "pretrained" and method not in (
+            "brute force",
+            "M2N2 without split point",
+        )  # else the same
         orders = list(ORDERS) if both else ["by hidden unit"]
         for order in orders:
             label = f"{method}, {order}" if len(orders) > 1 else method
-            figure = FIGURES[table][method] if order == orders[-1] else None  # the paper has one order
+            figure = (
+                FIGURES[table][method] if order == orders[-1] else None
+            )  # the paper has one order
             yield label, figure or "–", [(method, order, seed) for seed in seeds]
 
 
-def show_table(table: str, methods: Sequence[str], seeds: Sequence[int], children: int) -> dict[str, Tensor]:
+def show_table(
+    table: str, methods: Sequence[str], seeds: Sequence[int], children: int
+) -> dict[str, Tensor]:
     """Accuracies of each row, printed in Markdown as they come; a process for each core."""
     gone = [method for method in methods if method in NEED_EVOTORCH and not find_spec("evotorch")]
     if gone:
@@ -121,8 +141,12 @@ def show_table(table: str, methods: Sequence[str], seeds: Sequence[int], childre
     rows = list(rows_of(table, [method for method in methods if method not in gone], seeds))
     print("| method | paper | ours, mean ± SD | each seed |\n| --- | --- | --- | --- |", flush=True)
     accuracies = {}
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count(), torch.set_num_threads, (1,)) as pool:
-        results = pool.imap(partial(run, table, children), [job for *_, jobs in rows for job in jobs])
+    with multiprocessing.get_context("spawn").Pool(
+        os.cpu_count(), torch.set_num_threads, (1,)
+    ) as pool:
+        results = pool.imap(
+            partial(run, table, children), [job for *_, jobs in rows for job in jobs]
+        )
         for label, figure, jobs in rows:
             accuracies[label] = row = torch.tensor(list(islice(results, len(jobs))))
             ours = f"{row.mean():.1f} ± {row.std():.1f}" if len(jobs) > 1 else f"{row[0]:.1f}"
@@ -134,11 +158,20 @@ def show_table(table: str, methods: Sequence[str], seeds: Sequence[int], childre
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--table", choices=list(FIGURES), default="scratch")
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="some of the table's, in quotes; all by default")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help="some of the table's, in quotes; all by default",
+    )
     parser.add_argument("--seeds", type=int, default=10, help="how many seeds, from 42")
-    parser.add_argument("--children", type=int, help="forward passes of a run; the paper's by default")
+    parser.add_argument(
+        "--children", type=int, help="forward passes of a run; the paper's by default"
+    )
     arguments = parser.parse_args()
     known = FIGURES[arguments.table]
     methods = arguments.methods or list(known)

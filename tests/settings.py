@@ -1,4 +1,4 @@
-"""What the experiments and tests share: settings, the paper's data, its two pre-trained models, the script itself."""
+"""What experiments and tests share: settings, the paper's data and trained models, the script."""
 
 import sys
 from pathlib import Path
@@ -17,14 +17,17 @@ PAPER = {  # Experiment 1 from scratch
     "mutation_std": 0.01,
     "final_mutation_std": 0.01,
     "prior_std": 0.0,
-    "use_mirroring": False,
+    "subset_size": 0,
 }
 MERGING = PAPER | {"mutation_std": 0.0, "final_mutation_std": 0.0}  # from pre-trained models
-GA = {"alpha": 0.0, "use_attraction": False}  # what it changes in M2N2: no competition, no attraction
+GA = {
+    "alpha": 0.0,
+    "use_attraction": False,
+}  # what it changes in M2N2: no competition, no attraction
 
 
 def digits() -> list[Tensor]:
-    """scikit-learn's 8x8 digits, the paper's data: training images and labels, test images and labels.
+    """scikit-learn's 8x8 digits, the paper's data: training images, labels, test images, labels.
 
     Raw values 0 to 16, the first 80 % for training.
     """
@@ -36,7 +39,7 @@ def digits() -> list[Tensor]:
 
 
 def mnist(data_dir: str, **settings: object) -> list[Tensor]:
-    """The script's data, prepared by its defaults or the given settings of its data module, in the same order."""
+    """The script's data, by the defaults or the given settings of its data module, so ordered."""
     data = script.MNISTDataModule(data_dir, **settings)
     data.prepare_data()
     data.setup()
@@ -46,7 +49,8 @@ def mnist(data_dir: str, **settings: object) -> list[Tensor]:
 def train_specialists(images: Tensor, labels: Tensor, seed: int) -> list[MLP]:
     """Two MLPs, trained as the authors do on digits 0 to 4 and on 5 to 9.
 
-    Theirs are one pair for all runs. A pair decides more than the method does, so here each seed has its own.
+    Theirs are one pair for all runs. A pair decides more than the method does, so here each seed
+    has its own.
     """
     models, generator = [MLP(64, 256), MLP(64, 256)], torch.Generator().manual_seed(seed)
     for model, half in zip(models, (labels < 5, labels > 4), strict=True):

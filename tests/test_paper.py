@@ -1,4 +1,4 @@
-"""The paper's own experiment (tests/paper.py): its parameter orders, brute force, and a slow run of its table."""
+"""The paper's own experiment (tests/paper.py): parameter orders, brute force, a slow run."""
 
 import pytest
 
@@ -15,7 +15,9 @@ def test_parameter_orders_are_of_the_same_function() -> None:
     for mlp in train_specialists(images, labels, seed=42):
         by_pixel = MLPByPixel(mlp)
         torch.testing.assert_close(by_pixel(images), mlp(images), rtol=1e-4, atol=1e-4)
-        assert torch.equal(get_params(by_pixel)[:256], mlp.hidden.weight[:, 0])  # all weights of the first pixel
+        assert torch.equal(
+            get_params(by_pixel)[:256], mlp.hidden.weight[:, 0]
+        )  # all weights of the first pixel
 
 
 def test_merging_surpasses_both_specialists() -> None:
@@ -23,7 +25,7 @@ def test_merging_surpasses_both_specialists() -> None:
     m2n2 = experiment("M2N2", "by input pixel", pretrained=True, seed=42)
     evaluator, (a, b) = Evaluator(m2n2), m2n2.archive[:2].clone()
     best = evaluator.accuracy(brute_force(evaluator, a, b, points=20))
-    assert evaluator.passes == 21
+    assert evaluator.children == 21
     specialists = evaluator.accuracy(a), evaluator.accuracy(b)
     m2n2.evolve(200)
     assert best >= max(specialists) and m2n2.history[-1]["train_acc"] > max(specialists)
