@@ -15,7 +15,6 @@ import io
 import json
 import os
 import re
-import shlex
 import socket
 import sys
 import time
@@ -54,7 +53,7 @@ DATASET = "MNIST"  # or another of torchvision's in the same layout
 DATA_DIR = "data"  # folder that holds the data set, or gets it downloaded
 DESKEW = True  # shear each image until its ink stands upright; not in the paper
 CROP_SIZE = (
-    20  # pixels a side of the central square that is kept, 28 for all; MNIST's digits fill 20
+    20  # pixels a side of the central square that is kept, 28 for all; MNIST's digits have 20
 )
 IMAGE_SIZE = 8  # pixels a side of its area average, which the model sees; the paper's 8
 HIDDEN_DIM = 128  # hidden units of the MLP; the paper's 256
@@ -99,7 +98,7 @@ def set_params(model: nn.Module, params: Tensor) -> None:
     own = get_params(model)
     if params.shape != own.shape:
         raise ValueError(f"the model has {len(own)} parameters, not {tuple(params.shape)}")
-    vector_to_parameters(own.copy_(params), model.parameters())  # which become views of it
+    vector_to_parameters(own.copy_(params), model.parameters())  # which become views of own
 
 
 # --- Model ---
@@ -127,9 +126,9 @@ class MLP(nn.Module):
 def deskew(images: Tensor) -> Tensor:
     """Images `(examples, 1, side, side)`, each sheared until its ink stands upright.
 
-    A row moves by k times its distance from the centre of mass, k = Σ m dx dy / Σ m dy² over the
-    pixels' ink m, at most ±1, which makes Σ m dx dy zero (LeCun, Bottou, Bengio, Haffner 1998). An
-    image without ink stays as it is.
+    A row moves back by k times its distance from the centre of mass, k = Σ m dx dy / Σ m dy² over
+    the pixels' shares m of the ink, at most ±1, which makes Σ m dx dy zero (LeCun, Bottou, Bengio,
+    Haffner 1998). An image without ink stays as it is.
     """
     identity = torch.eye(2, 3, dtype=images.dtype)
     size = [1, *images.shape[1:]]
@@ -137,13 +136,13 @@ def deskew(images: Tensor) -> Tensor:
     grid = nn.functional.affine_grid(identity[None], size, align_corners=False)
     x, y = grid.unbind(-1)
 
-    mass = images.sum(dim=(2, 3), keepdim=True).clamp(min=1e-12)
-    ink = (images / mass).squeeze(1)  # (examples, side, side), sums to 1
-    centre_x = (ink * x).sum(dim=(1, 2), keepdim=True)
-    centre_y = (ink * y).sum(dim=(1, 2), keepdim=True)
+    total = images.sum(dim=(2, 3), keepdim=True).clamp(min=1e-12)
+    m = (images / total).squeeze(1)  # (examples, side, side), each sums to 1
+    centre_x = (m * x).sum(dim=(1, 2), keepdim=True)
+    centre_y = (m * y).sum(dim=(1, 2), keepdim=True)
     dx = x - centre_x
     dy = y - centre_y
-    k = (ink * dx * dy).sum(dim=(1, 2)) / (ink * dy * dy).sum(dim=(1, 2)).clamp(min=1e-12)
+    k = (m * dx * dy).sum(dim=(1, 2)) / (m * dy * dy).sum(dim=(1, 2)).clamp(min=1e-12)
 
     shear = identity.repeat(len(images), 1, 1)  # from a pixel to where its value comes from
     shear[:, 0, 1] = k.clamp(-1, 1)
@@ -206,8 +205,9 @@ class MNISTDataModule(LightningDataModule):
         if download and missing:
             print(f"Downloading {self.dataset} to {folder}", flush=True)
         try:
-            split = getattr(datasets, self.dataset)(self.data_dir, train, download=download)
-            images, labels = split.data, split.targets
+            files_of = getattr(datasets, self.dataset)
+            examples = files_of(self.data_dir, train, download=download)
+            images, labels = examples.data, examples.targets
             if images.shape != (len(labels), 28, 28) or labels.max() > 9:
                 raise ValueError(f"images {tuple(images.shape)}, labels up to {labels.max()}")
         except Exception as error:  # whatever torchvision, the network or the disk raises
@@ -240,13 +240,6 @@ class MNISTDataModule(LightningDataModule):
 
 
 # --- M2N2 ---
-def all_reduce(values: Tensor) -> Tensor:
-    """Sum in place over all processes, each of which scores a part of the training examples."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
     """PyTorch's operations on one thread: a sum is rounded alike whatever the number of cores."""
@@ -304,22 +297,21 @@ def checked_model(model: nn.Module, images: Tensor, classes: int) -> nn.Module:
     image = images[:1].clone()
     try:
         logits = model(image)
-    except RuntimeError as error:
+    except Exception as error:
         raise ValueError(f"model cannot take images {tuple(images.shape)}: {error}") from error
-    if image._version:  # counts changes in place, as by ReLU(inplace=True) or x -= 1
+    # The version counts changes in place, as by ReLU(inplace=True), though no value may differ.
+    if image._version or not torch.equal(image, images[:1]):
         raise ValueError("model changes its input in place: every child would change the data")
-    answer = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if len(answer) != 2 or answer[0] != 1 or answer[1] < classes:
+    fits = isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == 1
+    if not fits or logits.shape[1] < classes:
+        answer = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"model answers {answer} to an image, accepted is (1, {classes}) or more")
     return model
 
 
 def merging_params(model: nn.Module, others: Sequence[nn.Module | Mapping]) -> list[Tensor]:
-    """The vectors `(params,)` of modules or state_dicts; ValueError if they cannot be merged.
-
-    Only parameters are merged: with other buffers, as of BatchNorm, a model would not be itself.
-    """
-    own, buffers = model.state_dict(), dict(model.named_buffers())
+    """The vectors `(params,)` of modules or state_dicts; ValueError if they cannot be merged."""
+    own = model.state_dict()
     vectors = []
     for number, other in enumerate(others):
         which = f"initial_models[{number}]"
@@ -329,12 +321,16 @@ def merging_params(model: nn.Module, others: Sequence[nn.Module | Mapping]) -> l
         for name in [*own, *state]:
             if name not in state or name not in own or state[name].shape != own[name].shape:
                 raise ValueError(f"{which} is of another architecture than model: see {name}")
-            if name in buffers and not torch.equal(state[name].to(own[name]), own[name]):
-                raise ValueError(f"{which} has another buffer {name} than model")
-        parameters = [state[name].detach().flatten() for name, _ in model.named_parameters()]
-        vectors.append(torch.cat(parameters).to(next(model.parameters()).device, torch.float32))
-        if not vectors[-1].isfinite().all():
+        vector = torch.cat([state[name].flatten() for name, _ in model.named_parameters()])
+        if not vector.isfinite().all():
             raise ValueError(f"{which} has parameters that are not finite")
+        # Only parameters are merged: those of `model` must make the other model again.
+        merged = deepcopy(model)
+        set_params(merged, vector.detach())
+        for name, tensor in merged.state_dict().items():
+            if not torch.equal(tensor, state[name].to(tensor)):
+                raise ValueError(f"{which} has another {name} than model, which is not merged")
+        vectors.append(get_params(merged).float())
     return vectors
 
 
@@ -381,7 +377,7 @@ class M2N2:
         use_split_point: bool = USE_SPLIT_POINT,
         use_attraction: bool = USE_ATTRACTION,
         schedule: int = 0,  # children over which σ falls; 0: to the end of the first `evolve`
-        eval_batch_size: int = 0,  # images evaluated at a time; 0: 2,500 on a CPU, all on a GPU
+        eval_batch_size: int = 0,  # images a thread evaluates at a time; 0: 2,500, all on a GPU
         initial_models: Sequence[nn.Module | Mapping] = (),
         seed: int = SEED,
     ) -> None:
@@ -392,6 +388,10 @@ class M2N2:
             raise ValueError(f"archive_size is {archive_size}, accepted is 2 or more")
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}, accepted is above 0")
+        if not 0 <= alpha <= 3:
+            raise ValueError(f"alpha is {alpha}, accepted is 0 to 3")
+        if prior_std and prior_std <= max(mutation_std, final_mutation_std):
+            raise ValueError(f"prior_std is {prior_std}, accepted is 0 or above the mutation's σ")
         self.archive_size = archive_size
         self.subset_every = subset_every
         self.score = score
@@ -412,19 +412,20 @@ class M2N2:
         self.test_labels = test_labels.to(self.train_labels)
         examples = len(self.train_labels)
         self.subset_size = subset_size if 0 < subset_size < examples else examples
-        on_gpu = self.train_images.is_cuda
-        self.eval_batch_size = eval_batch_size or (examples if on_gpu else 2_500)
+        on_cpu = self.train_images.device.type == "cpu"
+        self.eval_batch_size = eval_batch_size or (2_500 if on_cpu else examples)
         self._rank, self._processes = 0, 1
         if dist.is_initialized():
             self._rank, self._processes = dist.get_rank(), dist.get_world_size()
 
         classes = 1 + int(max(self.train_labels.max(), self.test_labels.max()))
         self.model = checked_model(model, self.test_images, classes)
-        # Each thread evaluates a copy, as a forward pass may keep something in its module.
-        parameters = {id(parameter): parameter for parameter in self.model.parameters()}
-        threads = 1 if on_gpu else torch.get_num_threads()
-        self._copies = [deepcopy(self.model, dict(parameters)) for _ in range(threads)]
-        self._evaluated = get_params(self.model)  # the vector of which all parameters are views
+        # A copy of the modules for each thread, as a forward pass may keep something in them. They
+        # share the parameters, which deepcopy takes from its memo instead of copying them.
+        memo = {id(parameter): parameter for parameter in self.model.parameters()}
+        threads = torch.get_num_threads() if on_cpu else 1
+        self._copies = [deepcopy(self.model, dict(memo)) for _ in range(threads)]
+        self._evaluated = get_params(self.model)  # the vector to evaluate
         self._generator = torch.Generator(self.train_images.device).manual_seed(seed)
         self._fill_archive(merging_params(self.model, initial_models))
 
@@ -471,6 +472,12 @@ class M2N2:
         """This process's part of some examples."""
         return whole.tensor_split(self._processes)[self._rank]
 
+    def _all_reduce(self, values: Tensor) -> Tensor:
+        """Sum in place over the processes, each of which scores a part of the examples."""
+        if self._processes > 1:
+            dist.all_reduce(values)
+        return values
+
     @property
     def archive(self) -> Tensor:
         """The members' parameters `(archive, params)`; an empty slot's are zeros."""
@@ -490,7 +497,8 @@ class M2N2:
     ) -> None:
         """Make `iterations` more children.
 
-        Each `test_every` children and at the end a row goes to `history`, and to `after_row`.
+        Each `test_every` children and at the end a row goes to `history`, and to `after_row`. σ
+        falls to its end over `schedule` children, or else over these.
         """
         first = self.iteration
         end = first + iterations
@@ -519,7 +527,7 @@ class M2N2:
                     after_row(row)
 
     def _choose_subset(self) -> None:
-        """Dynamic subset selection (Gathercole & Ross 1994), and the members' scores on the subset.
+        """Dynamic subset selection, after Gathercole & Ross 1994, and the members' scores on it.
 
         Half of it are the examples on which a mutation can move scores most: those with the highest
         Σ_i s_ij (1 - s_ij), s being the probability of the true class; s (1 - s) is its derivative
@@ -528,12 +536,13 @@ class M2N2:
         if self.subset_size == len(self.train_labels):
             return
         spread = self._models.new_zeros(len(self.train_labels))
+        part = self._part(spread)  # a view, to be filled by this process
         images, labels = self._part(self.train_images), self._part(self.train_labels)
         for params in self.archive[self.archive.any(dim=1)]:
             s = self._probabilities(self.logits(params, images), labels)
-            self._part(spread).add_((s * (1 - s)).nan_to_num(0))
-        all_reduce(spread)  # each process has filled its part
-        priority = torch.empty_like(spread).uniform_(generator=self._generator)  # below 1
+            part += (s * (1 - s)).nan_to_num(0)
+        self._all_reduce(spread)
+        priority = torch.empty_like(spread).uniform_(generator=self._generator)  # all below 1
         priority[spread.topk(self.subset_size // 2).indices] = 1
         self.subset.copy_(priority.topk(self.subset_size).indices)
         self._score_members()
@@ -545,7 +554,7 @@ class M2N2:
         torch.index_select(self.train_labels, 0, part, out=self._labels)
         for row, params in enumerate(self.archive):
             scores = self._score(self.logits(params, self._images), self._labels)
-            # A member that overflows on an example of another subset has no reward for it.
+            # An empty slot scores 0, and so does a member where it overflows on a new subset.
             self._scores[row] = torch.where(params.any(), scores.nan_to_num(0), 0)
 
     def _set_sigma(self) -> None:
@@ -559,7 +568,7 @@ class M2N2:
         sigma = self.final_mutation_std + (self.mutation_std - self.final_mutation_std) * cosine
         self._sigma.fill_(sigma)
         if self.prior_std:
-            self._shrink.fill_(max(0, 1 - (sigma / self.prior_std) ** 2) ** 0.5)
+            self._shrink.fill_((1 - (sigma / self.prior_std) ** 2) ** 0.5)
 
     @torch.inference_mode()
     def _step(self) -> None:
@@ -579,7 +588,7 @@ class M2N2:
         if not self.use_attraction:
             return parent_a, self._draw(fitness)
         gain = (self.scores - self.scores.index_select(0, parent_a)).relu_()  # (archive, examples)
-        attraction = all_reduce(gain @ rewards)
+        attraction = self._all_reduce(gain @ rewards)
         attraction.index_fill_(0, parent_a, 1e-30)  # so B = A if all g are 0
         return parent_a, self._draw(attraction)
 
@@ -640,31 +649,30 @@ class M2N2:
         way by whichever thread, so the bits do not depend on their number.
         """
         self._evaluated.copy_(params)
-        vector_to_parameters(self._evaluated, self.model.parameters())
+        vector_to_parameters(self._evaluated, self.model.parameters())  # which become its views
         parts = images.split(self.eval_batch_size)
-        answers = list(parts)  # to be replaced, each by the answer to it
-        left = list(range(len(parts)))
+        answers = [images] * len(parts)  # each is replaced by the answer to its part
+        numbers = iter(range(len(parts)))  # common to the threads: none gets another's number
 
-        @torch.no_grad()  # a mode of each thread's own
         def evaluate(model: nn.Module) -> None:
-            while left:
-                try:
-                    number = left.pop()
-                except IndexError:  # another thread has just taken the last part
-                    return
-                answers[number] = model(parts[number]).T.float()
+            # Modes are a thread's own: without this, autocast would hold in the caller's alone.
+            with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+                for number in numbers:
+                    answers[number] = model(parts[number]).T.float()
 
         pool = thread_pool(len(self._copies), os.getpid())
         helpers = [pool.submit(evaluate, model) for model in self._copies[1 : len(parts)]]
-        evaluate(self._copies[0])
-        for helper in helpers:
-            helper.result()  # waits, and raises what was raised there
+        try:
+            evaluate(self._copies[0])
+        finally:
+            for helper in helpers:
+                helper.result()  # waits, and raises what was raised there
         return torch.cat(answers, dim=1)
 
     def _update_fitness(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Changes nothing: f_i = Σ_j s_ij / z_j^α `(models,)`, and the rewards 1 / z_j^α.
+        """Changes nothing; returns fitness and the examples' rewards.
 
-        The rewards are `(examples,)`. A term is 0 where z_j is 0.
+        f_i = Σ_j s_ij / z_j^α, `(models,)`, a term being 0 where z_j is 0; 1 / z_j^α `(examples,)`.
         """
         # A child that overflowed has NaN scores.
         rewards = scores.nansum(dim=0).clamp_(min=1e-12).pow_(-self.alpha)
@@ -672,7 +680,7 @@ class M2N2:
         # matrix product does not give them, nor does CUDA to rows that do not all start at a
         # multiple of four numbers: hence the padding.
         paid = nn.functional.pad(scores * rewards, (0, -len(rewards) % 4))
-        return all_reduce(paid.sum(dim=1)), rewards
+        return self._all_reduce(paid.sum(dim=1)), rewards
 
     def _update_archive(self) -> None:
         """The worst of K + 1 models goes.
@@ -698,21 +706,22 @@ class M2N2:
         examples = len(self.train_labels)
         members = self.archive.any(dim=1).sum().item()
         pairs = max(1, members * (members - 1) / 2)
-        disagreements = all_reduce((known_by * (members - known_by)).sum()).item()
-        counts = all_reduce(right.sum(dim=1))  # (archive,)
-        self.best = self.archive[counts.argmax()].clone()
+        disagreements = self._all_reduce((known_by * (members - known_by)).sum()).item()
+        counts = self._all_reduce(right.sum(dim=1))  # (archive,)
+        self.best.copy_(self.archive[counts.argmax()])
+        fitness, _ = self._update_fitness(self.scores)
         previous = self.history[-1]["iteration"] if self.history else 0
-        accepted = self._accepted.item()
-        self._accepted.zero_()
-        return {
+        row = {
             "iteration": self.iteration,
-            "best_fitness": self._update_fitness(self.scores)[0].max().item(),
+            "best_fitness": fitness.max().item(),
             "train_acc": counts.max().item() / examples,
             "test_acc": self.test_accuracy(self.best[None]),
-            "coverage": all_reduce((known_by > 0).sum()).item() / examples,
+            "coverage": self._all_reduce((known_by > 0).sum()).item() / examples,
             "diversity": disagreements / examples / pairs,
-            "acceptance": accepted / (self.iteration - previous),
+            "acceptance": self._accepted.item() / (self.iteration - previous),
         }
+        self._accepted.zero_()
+        return row
 
     def _right(self) -> Tensor:
         """Whether each member is right on each example of this process, `(archive, examples)`."""
@@ -754,7 +763,7 @@ class M2N2:
     def load_state_dict(self, state: dict) -> None:
         """Go on from the state of an M2N2 with equal arguments; scores are recomputed.
 
-        A schedule given here stays.
+        A `schedule` that was given to the constructor stays.
         """
         for name, own in (("archive", self.archive), ("subset", self.subset)):
             if state[name].shape != own.shape:
@@ -819,7 +828,7 @@ def in_torch_format(contents: dict) -> bytes:
 
 
 def save(m2n2: M2N2, constants: argparse.Namespace, folder: Path) -> None:
-    """Write the metrics, the best model and the checkpoint: all that a run leaves if it ends now."""
+    """Write metrics, best model and checkpoint: whatever ends the run now, these are left."""
     if m2n2.history:
         metrics = io.StringIO(newline="")
         writer = csv.DictWriter(metrics, m2n2.history[0])
@@ -947,7 +956,8 @@ def parse_constants(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
     comments = dict(
         re.findall(r"^([A-Z_]+)\b.*# *(.*?)\r?$", SOURCE.decode("utf-8", "replace"), re.M)
     )
-    constants = {name: globals()[name] for name in (*RANGES, *CHOICES, *SWITCHES, *FOLDERS)}
+    names = (*RANGES, *CHOICES, *SWITCHES, *FOLDERS)
+    constants = {name: value for name, value in globals().items() if name in names}
     for name, default in constants.items():
         meaning = f"{comments.get(name, '')} [{accepted(name)}] (default: {default!r})"
         flag = "--" + name.lower().replace("_", "-")
@@ -956,20 +966,25 @@ def parse_constants(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
     try:
         flags = {name: check(name, from_text(name, text)) for name, text in texts.items()}
         constants = {name: check(name, value) for name, value in constants.items()} | flags
+        sigma = max(constants["MUTATION_STD"], constants["FINAL_MUTATION_STD"])
+        if 0 < constants["PRIOR_STD"] <= sigma:
+            raise ValueError(f"PRIOR_STD is {constants['PRIOR_STD']}, accepted is 0 or above σ")
     except ValueError as error:
         parser.exit(2, f"Error: {error}\n")
     return argparse.Namespace(**constants), flags
 
 
-def resume(folder: str, flags: dict[str, object]) -> tuple[argparse.Namespace, dict]:
-    """The constants and the state of the run in this folder, which goes on as it was.
+def resume(
+    constants: argparse.Namespace, flags: dict[str, object]
+) -> tuple[argparse.Namespace, dict]:
+    """The constants and the state of the run in RESUME, which goes on as it was.
 
     A flag may raise ITERATIONS and name other folders; any other that differs is refused.
     """
-    path = Path(folder, "checkpoint.pt")
+    path = Path(constants.RESUME, "checkpoint.pt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        then = {name: check(name, value) for name, value in checkpoint["constants"].items()}
+        then = {name: check(name, checkpoint["constants"][name]) for name in vars(constants)}
         state = checkpoint["m2n2"]
     except Exception:  # of many kinds; torch's message may advise weights_only=False
         sys.exit(f"Error: {path} is no whole checkpoint of this script. RESUME is a run's folder.")
@@ -978,7 +993,7 @@ def resume(folder: str, flags: dict[str, object]) -> tuple[argparse.Namespace, d
         if value != then[name] and name not in FOLDERS and not raised:
             was = f"{name} is {value!r}, but {then[name]!r} in the run to RESUME"
             sys.exit(f"Error: {was}, which goes on as it was.")
-    return argparse.Namespace(**then | flags | {"RESUME": folder}), state
+    return argparse.Namespace(**then | flags | {"RESUME": constants.RESUME}), state
 
 
 # --- A run ---
@@ -1003,17 +1018,21 @@ def launch(accelerator: str) -> Fabric:
 
 def new_folder(output_dir: str) -> Path:
     """A new version_N with a copy of this script; making it claims it, as only one run can."""
-    for number in count():
-        folder = Path(output_dir, "m2n2_mnist", f"version_{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise OSError(f"{error}. Choose another OUTPUT_DIR.") from error
-        if SOURCE:
-            write_whole(folder / "m2n2_mnist.py", SOURCE)
-        return folder
+    parent = Path(output_dir, "m2n2_mnist")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for number in count():
+            folder = parent / f"version_{number}"
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:
+                continue
+    except OSError as error:
+        raise OSError(f"{error}. Choose another OUTPUT_DIR.") from error
+    if SOURCE:
+        write_whole(folder / "m2n2_mnist.py", SOURCE)
+    return folder
 
 
 def m2n2_of(constants: argparse.Namespace, examples: Sequence[Tensor]) -> M2N2:
@@ -1087,11 +1106,11 @@ def main(argv: str | Sequence[object] = ()) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's have none
             stream.reconfigure(errors="replace")  # where σ cannot be shown
-    words = shlex.split(argv) if isinstance(argv, str) else [str(word) for word in argv]
+    words = argv.split() if isinstance(argv, str) else [str(word) for word in argv]
     constants, flags = parse_constants(words)
     state = None
     if constants.RESUME:
-        constants, state = resume(constants.RESUME, flags)
+        constants, state = resume(constants, flags)
     fabric = launch(constants.ACCELERATOR)
     constants = fabric.broadcast(constants)  # an expression may differ between processes
     constants.DATA_DIR = os.path.abspath(constants.DATA_DIR)  # to RESUME from another folder

@@ -1,13 +1,13 @@
-"""Small MNIST-like data, the real one where it is unpacked, the script as a user runs it, and what a run left."""
+"""Data like MNIST but small, the real one, the script as a user runs it, and what a run left."""
 
 import csv
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -35,7 +35,9 @@ def idx(array: np.ndarray) -> bytes:
     return header + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
 
 
-def write_mnist(folder: Path, train: int = 300, test: int = 60, seed: int = 0, dataset: str = "MNIST") -> Path:
+def write_mnist(
+    folder: Path, train: int = 300, test: int = 60, seed: int = 0, dataset: str = "MNIST"
+) -> Path:
     """Learnable stand-ins for the four files: digit d is a bright bar in row 2 d + 4, and noise."""
     random, raw = np.random.default_rng(seed), folder / dataset / "raw"
     raw.mkdir(parents=True)
@@ -75,7 +77,8 @@ def make_m2n2(
     random = torch.Generator().manual_seed(0)
     images = torch.randn(examples, inputs, generator=random)
     labels = (images @ torch.randn(inputs, classes, generator=random)).argmax(dim=1)
-    settings = {"archive_size": 4, "init_std": 0.5, "mutation_std": 0.1, "prior_std": 0.0, "seed": 1} | settings
+    defaults = {"archive_size": 4, "init_std": 0.5, "mutation_std": 0.1, "prior_std": 0.0}
+    settings = defaults | {"seed": 1} | settings
     images = images.to(dtype)
     return M2N2(MLP(inputs, hidden, classes), images, labels, images, labels, **settings)
 
@@ -103,23 +106,47 @@ def no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def small(**settings: object) -> list[str]:
-    """Command-line flags of a run of seconds on `write_mnist`'s data."""
-    defaults = {"iterations": 60, "test_every": 20, "image_size": 7, "crop_size": 28, "deskew": False}
-    defaults |= {"hidden_dim": 8, "archive_size": 5, "accelerator": "cpu"}
+    """Flags of a run of a second on `write_mnist`'s data, with rows in the midst of a subset."""
+    defaults = {"iterations": 60, "test_every": 20, "subset_size": 100, "subset_every": 25}
+    defaults |= {"image_size": 7, "crop_size": 28, "deskew": False, "hidden_dim": 8}
+    defaults |= {"archive_size": 5, "accelerator": "cpu"}
     return [f"--{k.replace('_', '-')}={v}" for k, v in (defaults | settings).items()]
 
 
-def spawn(*flags: str, launcher: tuple[str, ...] = (), path: Path = SCRIPT, **options: object) -> subprocess.Popen:
-    """The script in a process of its own, in the current folder, on one thread like the tests: for the same bits."""
-    fixed = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    fixed |= {"env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-    return subprocess.Popen([sys.executable, *launcher, str(path), *flags], **fixed | options)
+@pytest.fixture
+def spawn() -> Iterator[Callable[..., subprocess.Popen]]:
+    """The script in a process of its own, in the current folder; the test's end is its end too."""
+    processes = []
+
+    def start(
+        *flags: str, launcher: Sequence[str] = (), path: str | Path = SCRIPT, **options: object
+    ) -> subprocess.Popen:
+        pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *launcher, str(path), *flags]
+        processes.append(subprocess.Popen(command, **{"text": True, "env": env} | pipes | options))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.terminate()  # torchrun ends its own processes then; SIGKILL would leave them
+        try:
+            process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
 
 
-def run_script(*flags: str, **options: object) -> subprocess.CompletedProcess:
-    process = spawn(*flags, **options)
-    out, err = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(flags, process.returncode, out, err)
+@pytest.fixture
+def run_script(spawn: Callable) -> Callable[..., subprocess.CompletedProcess]:
+    """The script in a process of its own, to its end."""
+
+    def run(*flags: str, **options: object) -> subprocess.CompletedProcess:
+        process = spawn(*flags, **options)
+        output = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(flags, process.returncode, *output)
+
+    return run
 
 
 def as_module(text: bytes) -> ModuleType:
@@ -133,21 +160,22 @@ def as_module(text: bytes) -> ModuleType:
 
 
 @pytest.fixture
-def main(capsys: pytest.CaptureFixture) -> Iterator[Callable]:
-    """The script's `main`, or that of an edited copy, in this process: returns exit code, standard output and error."""
+def main(capsys: pytest.CaptureFixture) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """The script's `main` in this process: returns exit code, standard output and error."""
 
     def call(*flags: str, module: ModuleType = script) -> tuple[int, str, str]:
         capsys.readouterr()  # what a call before left, which ended otherwise
         try:
-            code = module.main(flags)
+            code = module.main(flags) or 0
         except SystemExit as stop:
             code = stop.code
-            if isinstance(code, str):  # sys.exit prints it and makes it a 1
+            if isinstance(code, str):  # Python prints it and makes it a 1
                 print(code, file=sys.stderr)
                 code = 1
         return (code, *capsys.readouterr())
 
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background process has not
+    # A shell's background process ignores Ctrl-C.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield call
     signal.signal(signal.SIGINT, handler)
 
@@ -168,28 +196,49 @@ def checkpoint(folder: Path) -> dict:
 
 
 def same_end(one: Path, two: Path) -> None:
-    """Bit for bit the same archive, random state, metrics and best model."""
-    first, second = checkpoint(one)["m2n2"], checkpoint(two)["m2n2"]
-    assert torch.equal(first["archive"], second["archive"])
-    assert torch.equal(first["generator"], second["generator"])
-    assert first["history"] == second["history"] and first["iteration"] == second["iteration"]
+    """Bit for bit the same state, metrics and best model, and no other files."""
+    states = [checkpoint(folder)["m2n2"] for folder in (one, two)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
     assert (one / "metrics.csv").read_bytes() == (two / "metrics.csv").read_bytes()
     models = [torch.load(folder / "best_model.pt", weights_only=True) for folder in (one, two)]
-    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    torch.testing.assert_close(*models, rtol=0, atol=0)
+    assert set(os.listdir(one)) == set(os.listdir(two))
 
 
 # --- Moments of a run ---
-def at_call(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int, act: Callable[[], None]) -> None:
-    """`act` at the `call`-th call of a function of the script, and nowhere else."""
-    function, calls = getattr(owner, name), []
+def at(
+    monkeypatch: pytest.MonkeyPatch,
+    owner: object,
+    name: str,
+    act: Callable[[], None],
+    iteration: int,
+    seed: int = 42,
+    file: str = "",
+) -> None:
+    """`act` once: where this function is called, for this file if one is named, at that moment.
+
+    The moment is that run, with that many children made.
+    """
+    function, m2n2_of, runs, done = getattr(owner, name), script.m2n2_of, [], []
+
+    def begun(constants: Namespace, examples: Sequence[torch.Tensor]) -> M2N2:
+        runs.append((constants.SEED, m2n2_of(constants, examples)))
+        return runs[-1][1]
 
     def watched(*arguments: object, **named: object) -> object:
-        calls.append(name)
-        if len(calls) == call:
+        now = [(run_seed, m2n2.iteration) for run_seed, m2n2 in runs[-1:]]
+        if now == [(seed, iteration)] and file in str(arguments) and not done:
+            done.append(name)
             act()
         return function(*arguments, **named)
 
+    monkeypatch.setattr(script, "m2n2_of", begun)
     monkeypatch.setattr(owner, name, watched)
+
+
+def full(name: str) -> None:
+    """Leave no room on the disk for what the run writes next to this file."""
+    (RUN / f"{name}.{os.getpid()}.tmp").symlink_to("/dev/full")
 
 
 def ctrl_c() -> None:
@@ -201,4 +250,4 @@ def wait_for_iteration(process: subprocess.Popen, iteration: int, folder: Path =
     path, end = folder / "checkpoint.pt", time.monotonic() + 120
     while not path.exists() or checkpoint(folder)["m2n2"]["iteration"] < iteration:
         assert process.poll() is None and time.monotonic() < end, process.communicate()
-        threading.Event().wait(0.01)
+        time.sleep(0.01)

@@ -1,10 +1,12 @@
-"""The operators against the authors' own, in JAX: the same numbers in, the same row replaced, parents and child out.
+"""The operators against the authors' own, in JAX.
+
+The same numbers in, the same row replaced, parents and child out.
 
     git clone https://github.com/SakanaAI/natural_niches ../natural_niches
     pip install jax optax scikit-learn
 
-Skipped without them. NATURAL_NICHES names another folder. They differ on purpose where theirs gives NaN: zero vectors
-in SLERP, and nobody who is better than the first parent anywhere.
+Skipped without them. NATURAL_NICHES names another folder. They differ on purpose where theirs gives
+NaN: zero vectors in SLERP, and nobody who is better than the first parent anywhere.
 """
 
 import os
@@ -14,7 +16,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, child_of, make_m2n2
+from conftest import ROOT, all_models, all_scores, make_m2n2
 
 from m2n2_mnist import M2N2, slerp
 
@@ -23,7 +25,9 @@ for needed in ("optax", "sklearn"):  # which their modules import
     pytest.importorskip(needed)
 FOLDER = Path(os.environ.get("NATURAL_NICHES", ROOT.parent / "natural_niches"))
 if not (FOLDER / "natural_niches_fn.py").is_file():
-    pytest.skip(f"{FOLDER} is no clone of natural_niches; NATURAL_NICHES names it", allow_module_level=True)
+    pytest.skip(
+        f"{FOLDER} is no clone of natural_niches; NATURAL_NICHES names it", allow_module_level=True
+    )
 
 CASES = [(score, alpha) for score in ("correct", "probability") for alpha in (1.0, 0.5, 0.0)]
 
@@ -51,7 +55,10 @@ def random_scores(models: int, score: str, random: torch.Generator) -> torch.Ten
 
 
 def decided(scores: torch.Tensor, alpha: float) -> bool:
-    """Whether all of the least fitness within rounding are equal row by row, so that every code must see the tie."""
+    """Whether every code must find the same worst.
+
+    All of the least fitness within rounding are then equal row by row.
+    """
     z = scores.double().sum(dim=0)
     fitness = (scores / torch.where(z > 0, z, 1) ** alpha).sum(dim=1)
     least = scores[fitness <= fitness.min() * (1 + 1e-5)]
@@ -60,22 +67,25 @@ def decided(scores: torch.Tensor, alpha: float) -> bool:
 
 @pytest.mark.parametrize("archive_size", [2, 4, 20])
 @pytest.mark.parametrize(("score", "alpha"), CASES)
-def test_archive_update(authors: SimpleNamespace, score: str, alpha: float, archive_size: int) -> None:
+def test_archive_update(
+    authors: SimpleNamespace, score: str, alpha: float, archive_size: int
+) -> None:
     """From the empty archive on, whose slots are a tie; every fifth child is a member's equal."""
-    m2n2, random = make_m2n2(60, archive_size=archive_size, alpha=alpha), torch.Generator().manual_seed(archive_size)
+    m2n2 = make_m2n2(60, archive_size=archive_size, alpha=alpha)
+    random = torch.Generator().manual_seed(archive_size)
     m2n2.archive.zero_()
     m2n2.scores.zero_()
-    own_child, own_scores = child_of(m2n2)
     entered = []
     for child in range(1, 6 * archive_size + 30):
         scores = random_scores(1, score, random)[0]
         if child % 5 == 0:
             scores = m2n2.scores[m2n2._update_fitness(m2n2.scores)[0].argmin()].clone()
         if decided(torch.cat([m2n2.scores, scores[None]]), alpha):
-            params, state = torch.full_like(own_child, child), (to_jax(m2n2.archive), to_jax(m2n2.scores))
-            archive, kept = authors.niches.update_archive(to_jax(scores), to_jax(params), *state, alpha)
-            own_child.copy_(params)
-            own_scores.copy_(scores)
+            params = torch.full_like(m2n2.archive[0], child)
+            given = [to_jax(x) for x in (scores, params, m2n2.archive, m2n2.scores)]
+            archive, kept = authors.niches.update_archive(*given, alpha)
+            all_models(m2n2)[-1] = params
+            all_scores(m2n2)[-1] = scores
             m2n2._update_archive()
             np.testing.assert_array_equal(archive, m2n2.archive)
             np.testing.assert_array_equal(kept, m2n2.scores)
@@ -83,7 +93,9 @@ def test_archive_update(authors: SimpleNamespace, score: str, alpha: float, arch
     assert entered[0] and len(entered) > 2 * archive_size + 10 and not all(entered)
 
 
-def captured(authors: ModuleType, m2n2: M2N2, first: int, patch: pytest.MonkeyPatch) -> tuple[list, list]:
+def captured(
+    authors: ModuleType, m2n2: M2N2, first: int, patch: pytest.MonkeyPatch
+) -> tuple[list, list]:
     """The probabilities by which parents are drawn, theirs and ours, when the first is `first`."""
     theirs, ours = [], []
 
@@ -106,12 +118,18 @@ def captured(authors: ModuleType, m2n2: M2N2, first: int, patch: pytest.MonkeyPa
 @pytest.mark.parametrize("attraction", [True, False])
 @pytest.mark.parametrize(("score", "alpha"), CASES)
 def test_parents(
-    authors: SimpleNamespace, score: str, alpha: float, attraction: bool, monkeypatch: pytest.MonkeyPatch
+    authors: SimpleNamespace,
+    score: str,
+    alpha: float,
+    attraction: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    m2n2, random = make_m2n2(60, archive_size=5, alpha=alpha, use_attraction=attraction), torch.Generator()
+    m2n2 = make_m2n2(60, archive_size=5, alpha=alpha, use_attraction=attraction)
+    random = torch.Generator()
     for seed in range(10):
         m2n2.scores.copy_(random_scores(5, score, random.manual_seed(seed)))
-        m2n2.scores[3], m2n2.scores[4] = m2n2.scores.amax(dim=0), 0  # one that nobody beats, and an empty slot
+        m2n2.scores[3] = m2n2.scores.amax(dim=0)  # nobody beats it
+        m2n2.scores[4] = 0  # an empty slot
         for first in range(4):
             theirs, ours = captured(authors.niches, m2n2, first, monkeypatch)
             assert len(theirs) == len(ours) == 2
@@ -136,7 +154,9 @@ def test_slerp(authors: SimpleNamespace, seed: int, w: float) -> None:
         np.testing.assert_allclose(slerp(w, x, y), theirs, rtol=1e-4, atol=1e-4)
 
 
-def our_child(m2n2: M2N2, parents: torch.Tensor, w: float, split_point: int, patch: pytest.MonkeyPatch) -> torch.Tensor:
+def our_child(
+    m2n2: M2N2, parents: torch.Tensor, w: float, split_point: int, patch: pytest.MonkeyPatch
+) -> torch.Tensor:
     """Of the parents `(2, params)`, with the random numbers given."""
 
     def randint(high: int, size: tuple[int], **options: object) -> torch.Tensor:
@@ -145,7 +165,7 @@ def our_child(m2n2: M2N2, parents: torch.Tensor, w: float, split_point: int, pat
 
     m2n2.archive[:2] = parents
     with patch.context() as context:
-        context.setattr(torch, "rand", lambda size, **options: torch.full((size,), w))
+        context.setattr(torch.Tensor, "uniform_", lambda empty, **options: empty.fill_(w))
         context.setattr(torch, "randint", randint)
         return m2n2._crossover(torch.tensor([0]), torch.tensor([1]))
 
@@ -156,12 +176,16 @@ def test_crossover(authors: SimpleNamespace, seed: int, monkeypatch: pytest.Monk
     params, helper = split.archive.shape[1], authors.helper
     parents = vectors(params, seed)
     a, b = to_jax(parents)
-    cases = [(helper.slerp_w_splitpoint(0.3, p, a, b), split, 0.3, p) for p in (0, 1, params // 2, params - 1)]
+    cases = []
+    for p in (0, 1, params // 2, params - 1):
+        cases.append((helper.slerp_w_splitpoint(0.3, p, a, b), split, 0.3, p))
     key = jax.random.PRNGKey(seed)
     first, second = jax.random.split(key)  # what their crossover draws from
-    split_point, w = jax.random.randint(first, (), 0, params).item(), jax.random.uniform(second).item()
+    split_point = jax.random.randint(first, (), 0, params).item()
+    w = jax.random.uniform(second).item()
     cases.append((helper.crossover((a, b), key), split, w, split_point))
-    cases.append((helper.crossover_without_splitpoint((a, b), key), whole, jax.random.uniform(key).item(), 0))
+    w = jax.random.uniform(key).item()
+    cases.append((helper.crossover_without_splitpoint((a, b), key), whole, w, 0))
     for theirs, m2n2, w, split_point in cases:
         ours = our_child(m2n2, parents, w, split_point, monkeypatch)
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)

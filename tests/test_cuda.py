@@ -1,4 +1,4 @@
-"""On CUDA: the graph captured of an iteration computes the same bits, and in one the host waits for nothing.
+"""On CUDA: a graph captured of an iteration computes the same bits, the host waits for nothing.
 
 The first part needs no GPU: PyTorch's fake tensors say they are on one, and compute shapes only.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import all_scores, make_m2n2
+from conftest import all_models, all_scores, make_m2n2
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,15 +21,17 @@ from torch.utils._pytree import tree_leaves
 import m2n2_mnist as script
 from m2n2_mnist import M2N2, MLP, captured_step
 
-SWITCHES = ["use_crossover", "use_split_point", "use_attraction", "use_mirroring"]
-every_setting = pytest.mark.parametrize("switches", [{}, *({switch: False} for switch in SWITCHES)], ids=str)
+SWITCHES = ["use_crossover", "use_split_point", "use_attraction"]
+every_setting = pytest.mark.parametrize(
+    "switches", [{}, *({switch: False} for switch in SWITCHES)], ids=str
+)
 every_score = pytest.mark.parametrize("score", ["correct", "probability"])
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
 
 # --- Without a GPU ---
 class NoHost(TorchDispatchMode):
-    """Fails where a tensor of the host takes part, or where a CUDA kernel waits though its fake does not."""
+    """Fails where a tensor of the host takes part, or a kernel waits though its fake does not."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -42,21 +44,26 @@ class NoHost(TorchDispatchMode):
         tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
         assert all(x.is_cuda for x in tensors), f"{func} with a tensor of the host"
         indices = tree_leaves(args[1]) if "index_put" in func._opname else []
-        assert not any(x is not None and x.dtype == torch.bool for x in indices), f"{func} with a mask"
+        masks = [x for x in indices if x is not None and x.dtype == torch.bool]
+        assert not masks, f"{func} with a mask"
         assert func._opname != "multinomial", f"{func} waits"
         return result
 
 
 @contextmanager
 def fake_cuda(m2n2: M2N2) -> Iterator[None]:
-    """Put all its tensors on a GPU that need not exist; values that are asked for raise, as do shapes made of them."""
+    """Put all its tensors on a GPU that need not exist.
+
+    Values that are asked for raise, as do shapes made of them.
+    """
     with FakeTensorMode():
         for name, value in vars(m2n2).items():
             if isinstance(value, Tensor):
-                fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
-                setattr(m2n2, name, fake)
+                like = {"dtype": value.dtype, "device": "cuda"}
+                setattr(m2n2, name, torch.empty_strided(value.shape, value.stride(), **like))
         with torch.device("cuda"):
             m2n2.model = MLP(6, 5)
+        m2n2._copies = [m2n2.model]
         m2n2._generator = None  # one on CUDA needs a GPU
         with NoHost():
             yield
@@ -65,10 +72,14 @@ def fake_cuda(m2n2: M2N2) -> Iterator[None]:
 @every_score
 @every_setting
 def test_an_iteration_never_waits_for_the_host(score: str, switches: dict[str, bool]) -> None:
-    """Nor does it depend on values or replace a tensor of the state: what a CUDA graph must not do."""
-    m2n2 = make_m2n2(score=score, eval_batch_size=16, **switches)
+    """Nor does it depend on values or replace a tensor of the state.
+
+    A CUDA graph must do neither. Nor are they replaced where a new subset is filled in.
+    """
+    m2n2 = make_m2n2(score=score, eval_batch_size=16, subset_size=35, **switches)
     with fake_cuda(m2n2):
         before = dict(vars(m2n2))
+        m2n2._score_members()
         m2n2._step()
         assert vars(m2n2).keys() == before.keys()
         assert all(value is before[name] for name, value in vars(m2n2).items())
@@ -99,9 +110,10 @@ def test_the_check_itself_fails_where_it_should(fault: Callable, mode: Callable)
 def make_cuda(model: nn.Module | None = None, device: str = "cuda", **settings: object) -> M2N2:
     """`make_m2n2`'s on the GPU."""
     twin = make_m2n2(1_437)  # no multiple of 4: rows of different alignment
-    tensors = (x.to(device) for x in (twin.train_images, twin.train_labels, twin.test_images, twin.test_labels))
-    settings = {"archive_size": 4, "init_std": 0.5, "mutation_std": 0.1, "seed": 1} | settings
-    return M2N2(model or twin.model, *tensors, **settings)
+    examples = (twin.train_images, twin.train_labels, twin.test_images, twin.test_labels)
+    settings = {"init_std": 0.5, "mutation_std": 0.1, "seed": 1} | settings
+    settings = {"archive_size": 4, "subset_size": 1_001, "subset_every": 30} | settings
+    return M2N2(model or twin.model, *(x.to(device) for x in examples), **settings)
 
 
 @pytest.fixture
@@ -119,7 +131,8 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def assert_equal(one: M2N2, two: M2N2) -> None:
-    assert torch.equal(one._rows[:-1], two._rows[:-1]) and one.history == two.history
+    assert torch.equal(one.archive, two.archive) and torch.equal(one.scores, two.scores)
+    assert torch.equal(one.subset, two.subset) and torch.equal(one.best, two.best)
     assert torch.equal(one._generator.get_state(), two._generator.get_state())
 
 
@@ -147,11 +160,14 @@ def test_replays_compute_the_same_bits(
     steps.evolve(300, test_every=70)
     assert captures == [True] and torch.cuda.current_device() == 0
     assert_equal(graph, steps)
+    assert graph.history == steps.history
     assert not torch.equal(graph.archive, start)
 
 
 @needs_cuda
-def test_an_evolution_is_captured_once_and_without_a_word(captures: list[bool], capfd: pytest.CaptureFixture) -> None:
+def test_an_evolution_is_captured_once_and_without_a_word(
+    captures: list[bool], capfd: pytest.CaptureFixture
+) -> None:
     m2n2 = make_cuda()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -184,7 +200,7 @@ def test_no_synchronization(score: str, switches: dict[str, bool]) -> None:
 def test_a_checkpoint_or_a_copy_between_replays_goes_on_to_the_same_bits(children: int) -> None:
     whole, halves, resumed = (make_cuda(schedule=100) for _ in range(3))
     whole.evolve(100, test_every=25)
-    halves.evolve(100, test_every=25, after_child=lambda m2n2: m2n2.iteration == children)
+    halves.evolve(children)
     resumed.evolve(7)  # a graph of its own, which goes on with the state it is given
     state, copied = halves.state_dict(), deepcopy(halves)
     halves.evolve(5)  # changes nothing in what was handed out
@@ -212,8 +228,8 @@ def test_memory_does_not_grow_with_replays_and_goes_with_the_evolution() -> None
 @pytest.mark.parametrize("archive_size", [2, 4, 9, 20])
 def test_of_equals_the_first_member_goes(archive_size: int) -> None:
     m2n2 = make_cuda(archive_size=archive_size)
-    m2n2._rows[:] = torch.arange(archive_size + 1.0, device="cuda")[:, None]
-    all_scores(m2n2)[:] = torch.rand(len(m2n2.train_labels), device="cuda")
+    all_models(m2n2)[:] = torch.arange(archive_size + 1.0, device="cuda")[:, None]
+    all_scores(m2n2)[:] = torch.rand(1_001, device="cuda")
     m2n2._update_archive()
     assert m2n2.archive[:, 0].tolist() == [archive_size, *range(1, archive_size)]
 
@@ -236,7 +252,9 @@ class Habitual(nn.Linear):
 
 @needs_cuda
 @pytest.mark.parametrize("habit", HABITS.values(), ids=HABITS)
-def test_a_model_that_cannot_be_captured(habit: Callable, captures: list[bool], capfd: pytest.CaptureFixture) -> None:
+def test_a_model_that_cannot_be_captured(
+    habit: Callable, captures: list[bool], capfd: pytest.CaptureFixture
+) -> None:
     """It runs step by step to the same archive, says so in a line, and spoils no other capture."""
     plain, model = make_cuda(Habitual(6, 10)), Habitual(6, 10)
     model.habit = habit
@@ -258,4 +276,4 @@ def test_the_default_run_reaches_the_cpus_accuracy(real_mnist: Path, main: Calla
     code, out, err = main(f"--data-dir={real_mnist}", "--accelerator=cuda", "--runs=3")
     assert code == 0 and "No CUDA graph" not in out, err
     (mean,) = re.findall(r"Mean Test Accuracy of 3 runs: ([\d.]+)", out)
-    assert float(mean) >= 97.7
+    assert float(mean) >= 98.0

@@ -1,61 +1,66 @@
-"""evolution.png: the curves with the runs' mean and deviation, the niches."""
+"""evolution.png: one panel of errors and diversity, as mean and deviation of the runs."""
 
+import warnings
 from pathlib import Path
 
-import numpy as np
+import matplotlib.figure
 import pytest
-import torch
-from torch import Tensor
 
-import m2n2_mnist as script
+from m2n2_mnist import plot_evolution
 
-NICHES = torch.rand(3, 10, generator=torch.Generator().manual_seed(0))
-
-
-def a_row(iteration: int, **values: float) -> dict:
-    return {"iteration": iteration, "coverage": 0.9, "test_acc": 0.5, "diversity": 0.1} | values
-
-
-def drawn(histories: list[list[dict]], niches: Tensor, monkeypatch: pytest.MonkeyPatch) -> list:
-    """The axes of the figure that is saved: the curves, the niches, the scale."""
-    saved = []
-    monkeypatch.setattr(script, "atomic_save", lambda save, path: saved.append(save.func.__self__))
-    script.plot_evolution(histories, niches, Path("evolution.png"))
-    (figure,) = saved
-    return figure.axes
+CURVES = {  # label, and the value for the row below, in % of the examples
+    "test error of the best": 50,
+    "training error of the best": 25,
+    "training examples that no member knows": 12.5,
+    "diversity": 3,
+}
 
 
-def test_figure_shows_mean_and_deviation_of_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many rows as all runs have: the last one may have been interrupted."""
-    first = [a_row(1_000, coverage=0.7), a_row(2_000, coverage=0.8, test_acc=0.6, diversity=0.3), a_row(3_000)]
-    second = [a_row(1_000, coverage=0.5), a_row(2_000, coverage=1.0, test_acc=0.4, diversity=0.2)]
-    curves, niches, _ = drawn([first, second], NICHES, monkeypatch)
-    assert all(line.get_xdata() == pytest.approx([1, 2]) for line in curves.lines)
-    means = [(60, 90), (50, 50), (10, 25)]  # of coverage, test_acc, diversity
-    assert [tuple(line.get_ydata()) for line in curves.lines] == [pytest.approx(mean) for mean in means]
-    band = curves.collections[0].get_paths()[0].vertices[:, 1]
-    assert (band.min(), band.max()) == pytest.approx((60 - 200**0.5, 90 + 200**0.5))  # of 2 runs: divided by 1
-    names = [text.get_text() for text in curves.get_legend().get_texts()]
-    assert names == ["training coverage", "test accuracy", "training diversity"]
-    assert "n = 2" in curves.get_title() and niches.get_title()
+def a_row(iteration: int, **values: float) -> dict[str, float]:
+    row = {"test_acc": 0.5, "train_acc": 0.75, "coverage": 0.875, "diversity": 0.03}
+    return {"iteration": iteration} | row | values
 
 
-def test_figure_of_one_run_and_of_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupted before its first row, a run has niches alone."""
-    curves, *_ = drawn([[a_row(1_000)]], NICHES, monkeypatch)
-    assert [line.get_ydata().tolist() for line in curves.lines] == [pytest.approx([y]) for y in (90, 50, 10)]
-    assert curves.collections[0].get_paths()[0].vertices[:, 1] == pytest.approx(90)
-    for histories in ([[]], [[a_row(1_000)], []]):
-        assert all(len(line.get_ydata()) == 0 for line in drawn(histories, NICHES, monkeypatch)[0].lines)
+def drawn(histories: list[list[dict]], monkeypatch: pytest.MonkeyPatch) -> matplotlib.axes.Axes:
+    """The one panel of the figure that is saved."""
+    figures, savefig = [], matplotlib.figure.Figure.savefig
+
+    def watched(figure: matplotlib.figure.Figure, *arguments: object, **named: object) -> None:
+        figures.append(figure)
+        savefig(figure, *arguments, **named)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", watched)
+    plot_evolution(histories, Path("evolution.png"))
+    assert Path("evolution.png").read_bytes().startswith(b"\x89PNG")
+    ((axes,),) = (figure.axes for figure in figures)
+    return axes
 
 
-@pytest.mark.parametrize("absent", [[], [4], range(10)])
-def test_figure_shows_what_tells_the_members_apart(absent: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """White is their mean; the column of a digit that no training example shows is empty, the others as without it."""
-    niches = NICHES.clone()
-    niches[:, absent] = torch.nan
-    (image,) = drawn([[a_row(1_000)]], niches, monkeypatch)[1].images
-    expected = 100 * (niches - NICHES.mean(dim=0)).numpy()
-    np.testing.assert_allclose(np.ma.filled(image.get_array(), np.nan), expected, atol=1e-4)
-    largest = 0.1 if len(absent) == 10 else np.nanmax(np.abs(expected))
-    assert image.get_clim() == pytest.approx((-largest, largest))
+def test_mean_and_deviation_of_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many rows as all runs have; the deviation is that of a sample, divided by 2 - 1."""
+    first = [a_row(1_000, test_acc=0.7), a_row(2_000, coverage=0.8, diversity=0.05), a_row(3_000)]
+    second = [a_row(1_000, test_acc=0.5), a_row(2_000, train_acc=0.65)]
+    axes = drawn([first, second], monkeypatch)
+    assert all(line.get_xdata() == pytest.approx([1_000, 2_000]) for line in axes.lines)
+    means = [(40, 50), (25, 30), (12.5, 16.25), (3, 4)]
+    assert [tuple(line.get_ydata()) for line in axes.lines] == [pytest.approx(m) for m in means]
+    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((40 - 200**0.5, 40 + 200**0.5))
+
+
+def test_its_axes_and_legend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a single run of one row, which has no deviation."""
+    axes = drawn([[a_row(1_000)]], monkeypatch)
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[y] for y in CURVES.values()]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(CURVES)
+    assert axes.collections[0].get_paths()[0].vertices[:, 1] == pytest.approx(50)
+    assert axes.get_yscale() == "log" and "%" in axes.get_ylabel() and axes.get_xlabel()
+
+
+def test_what_is_zero_cannot_be_shown_but_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every example is known, and where the deviation is larger than the mean."""
+    first = [a_row(1_000, test_acc=1.0, coverage=1.0, diversity=0.0), a_row(2_000, coverage=1.0)]
+    second = [a_row(1_000, test_acc=0.9, coverage=1.0, diversity=0.0), a_row(2_000, coverage=1.0)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn([first, second], monkeypatch)

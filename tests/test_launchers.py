@@ -1,8 +1,7 @@
-"""It holds where people run scripts: under launchers, side by side, in odd consoles, in a notebook, in a thread."""
+"""It holds where people run scripts: launchers, side by side, odd consoles, notebooks."""
 
 import io
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -10,30 +9,40 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import RUN, SCRIPT, SECOND, checkpoint, rows, run_script, same_end, small
+from conftest import RUN, SCRIPT, SECOND, at, full, rows, small
 
 import m2n2_mnist as script
+from m2n2_mnist import M2N2
 
+TEXT = SCRIPT.read_text(encoding="utf-8")
 FAST = {"iterations": 6, "test_every": 3}
-ENVIRONMENTS = {  # what launchers leave behind; torchrun's own is TORCHELASTIC_RUN_ID
-    "a rank": "RANK=1",
-    "a world": "WORLD_SIZE=2",
-    "srun": "SLURM_JOB_ID=1 SLURM_JOB_NAME=x SLURM_NTASKS=2 SLURM_PROCID=1 SLURM_LOCALID=1 SLURM_NODEID=1 "
-    "SLURM_NTASKS_PER_NODE=1 SLURM_JOB_NUM_NODES=2",
-    "mpirun, and all of torchrun's but its own": "OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2 PMI_RANK=1 PMI_SIZE=2 "
-    "RANK=1 LOCAL_RANK=1 WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 NODE_RANK=1 GROUP_RANK=1 MASTER_ADDR=127.0.0.1 "
-    "MASTER_PORT=29555",
+ENVIRONMENTS = {  # what launchers leave behind
+    "srun": "SLURM_JOB_ID=1 SLURM_JOB_NAME=x SLURM_NTASKS=2 SLURM_PROCID=1 SLURM_LOCALID=1 "
+    "SLURM_NODEID=1 SLURM_NTASKS_PER_NODE=1 SLURM_JOB_NUM_NODES=2",
+    "mpirun": "OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2 PMI_RANK=1 PMI_SIZE=2 "
+    # and all of torchrun's but its own, TORCHELASTIC_RUN_ID
+    "RANK=1 LOCAL_RANK=1 WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 NODE_RANK=1 GROUP_RANK=1 "
+    "MASTER_ADDR=127.0.0.1 MASTER_PORT=29555",
 }
 
 
+ODD = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONWARNINGS": "error"}
+
+
 @pytest.mark.parametrize("launcher", ENVIRONMENTS)
-def test_an_environment_that_names_a_rank(launcher: str, data_dir: Path) -> None:
-    """One process is one run, which writes its files and waits for nobody."""
+def test_an_environment_that_names_a_rank(
+    launcher: str, data_dir: Path, run_script: Callable
+) -> None:
+    """One process writes its files and waits for nobody; in ASCII, each warning an error.
+
+    Two runs, for the ± of their mean.
+    """
     variables = dict(pair.split("=") for pair in ENVIRONMENTS[launcher].split())
-    run = run_script(*small(data_dir=data_dir, **FAST), env={**os.environ, **variables})
-    assert run.returncode == 0 and "1 process(es)" in run.stdout and "Evolution finished." in run.stdout, run.stderr
-    assert len(rows(RUN)) == 2 and checkpoint(RUN)["m2n2"]["iteration"] == 6 and (RUN / "best_model.pt").exists()
-    assert "Evolving Models" in run.stderr and os.listdir(RUN.parent) == ["version_0"]
+    flags = small(data_dir=data_dir, runs=2, **FAST)
+    run = run_script(*flags, env={**os.environ, **ODD, **variables, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0 and "1 process(es)" in run.stdout, run.stderr
+    assert "Mean Test Accuracy of 2 runs" in run.stdout and "Evolving Models" in run.stderr
+    assert len(rows(RUN)) == len(rows(SECOND)) == 2 == len(os.listdir(RUN.parent))
 
 
 def test_jobs_started_together_have_folders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,10 +59,11 @@ def test_jobs_started_together_have_folders_of_their_own(monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "mkdir", together)
     with ThreadPoolExecutor(3) as jobs:
         folders = list(jobs.map(script.new_folder, ["runs"] * 3))
-    assert sorted(folders) == [str(RUN.with_name(f"version_{number}")) for number in range(3)]
-    assert all(Path(folder, SCRIPT.name).read_bytes() == SCRIPT.read_bytes() for folder in folders)
+    assert sorted(folders) == [RUN.with_name(f"version_{number}") for number in range(3)]
+    assert all((folder / SCRIPT.name).read_bytes() == SCRIPT.read_bytes() for folder in folders)
 
 
+# --- Consoles ---
 def test_help_where_a_sign_cannot_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Windows console's default, in which there is no σ."""
     shown = io.BytesIO()
@@ -61,53 +71,50 @@ def test_help_where_a_sign_cannot_be_shown(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(SystemExit, match="0"):
         script.main(["--help"])
     text = shown.getvalue().decode("cp1252")
-    assert "σ" not in text and "?, standard deviation" in text
-    assert all(f"--{name.lower().replace('_', '-')}" in text for name in script.CONSTANTS)
+    assert "σ" not in text and "?, standard deviation" in text and "--data-dir" in text
 
 
-ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-CONSOLES = {"in ASCII, without assertions": (("-OO",), ASCII), "warnings": ((), {"PYTHONWARNINGS": "error"})}
+class Bare:
+    """A stream as some notebooks and loggers have it, without isatty and reconfigure."""
+
+    def __init__(self) -> None:
+        stream = io.StringIO()
+        self.write, self.flush, self.getvalue = stream.write, stream.flush, stream.getvalue
 
 
-@pytest.mark.parametrize("console", CONSOLES)
-def test_an_odd_console(console: str, data_dir: Path) -> None:
-    """Two runs, for the ± of their mean."""
-    options, environment = CONSOLES[console]
-    run = run_script(*small(data_dir=data_dir, runs=2, **FAST), launcher=options, env={**os.environ, **environment})
-    assert run.returncode == 0 and run.stdout.count("Evolution finished.") == 2, run.stderr
-    assert "Mean Test Accuracy of 2 runs" in run.stdout and "Traceback" not in run.stderr
+@pytest.mark.usefixtures("no_figure")
+@pytest.mark.parametrize("kind", [Bare, io.StringIO, lambda: None])
+def test_other_streams(kind: Callable, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or none, where it was closed; a row that cannot be written needs them too."""
+    streams = [kind(), kind()]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", streams[0])
+        patch.setattr(sys, "stderr", streams[1])
+        at(patch, M2N2, "_measure", lambda: full("metrics.csv"), iteration=40)
+        script.main(small(data_dir=data_dir))
+    assert len(rows(RUN)) == 3
+    for stream, words in zip(streams, ("Evolution finished.", "60/60"), strict=True):
+        assert stream is None or words in stream.getvalue()
 
 
-def test_without_a_terminal(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run without a bar, and one that says nothing at all."""
-    flags = small(data_dir=data_dir, **FAST)
-    command = ["sh", "-c", '"$@" 2>&-', "sh", sys.executable, str(SCRIPT), *flags]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300)
+# --- The script without a file ---
+def test_from_standard_input(data_dir: Path, run_script: Callable) -> None:
+    """With standard error closed, as some schedulers do."""
+    with open(SCRIPT, encoding="utf-8") as text:
+        closed = {"preexec_fn": lambda: os.close(2)}
+        run = run_script(*small(data_dir=data_dir, **FAST), path="-", stdin=text, **closed)
     assert run.returncode == 0 and "Evolution finished." in run.stdout
-    monkeypatch.setattr(sys, "stdout", None)
-    monkeypatch.setattr(sys, "stderr", None)
-    assert script.main(flags) == 0
-    same_end(RUN, SECOND)
+    assert len(rows(RUN)) == 2 and not (RUN / SCRIPT.name).exists()  # there is none to copy
 
 
 @pytest.mark.usefixtures("no_figure")
-def test_in_a_thread(data_dir: Path, main: Callable) -> None:
-    """A run without handlers of signals, which only the main thread can have."""
-    flags = small(data_dir=data_dir, **FAST)
-    with ThreadPoolExecutor(1) as thread:
-        assert thread.submit(script.main, flags).result() == 0
-    main(*flags)
-    same_end(RUN, SECOND)
-
-
-@pytest.mark.usefixtures("no_figure")
-def test_in_a_notebook(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """main() takes what it is given, not the kernel's own arguments; its streams have no encoding to set."""
+def test_pasted_into_a_notebook(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """main() takes what it is given, not the kernel's own arguments; as under -OO."""
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "/root/kernel-1.json"])
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    constants = {"ITERATIONS": 6, "TEST_EVERY": 3, "ACCELERATOR": "cpu", "IMAGE_SIZE": 7, "HIDDEN_DIM": 8}
-    for name, value in constants.items():
-        monkeypatch.setattr(script, name, value)
-    assert script.main() == 0
-    assert "Evolution finished." in sys.stdout.getvalue() and "6/6" in sys.stderr.getvalue() and len(rows(RUN)) == 2
+    cell = {"__name__": "a cell", "__doc__": None}
+    exec(compile(TEXT, "<cell>", "exec", optimize=2), cell)
+    cell |= {"ITERATIONS": 6, "TEST_EVERY": 3, "ACCELERATOR": "cpu", "IMAGE_SIZE": 7}
+    assert cell["main"]() is None
+    assert len(rows(RUN)) == 2 and not (RUN / SCRIPT.name).exists()
+    with pytest.raises(SystemExit, match="0"):
+        cell["main"]("--help")

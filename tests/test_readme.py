@@ -32,7 +32,9 @@ def test_the_snippets_run(tmp_path: Path, main: Callable) -> None:
 
 
 def test_the_flags_are_the_scripts(main: Callable) -> None:
-    commands = re.findall(r"m2n2_mnist\.py((?:\s+--[^`#\n]*)?)", README + SCRIPT.read_text(encoding="utf-8"))
+    commands = re.findall(
+        r"m2n2_mnist\.py((?:\s+--[^`#\n]*)?)", README + SCRIPT.read_text(encoding="utf-8")
+    )
     flags = {flag for command in commands for flag in re.findall(r"--[a-z-]+", command)}
     _, help_text, _ = main("--help")
     assert len(flags) > 5 and flags <= set(re.findall(r"--[a-z-]+", help_text))
@@ -41,7 +43,10 @@ def test_the_flags_are_the_scripts(main: Callable) -> None:
 def test_what_it_claims_stands_in_the_evidence() -> None:
     """The accuracies and the commands of the first screen and the table; the docstring claims no others."""
     for part in (FIRST_SCREEN, TABLE):
-        claims, commands = figures(part), re.findall(r"`((?:OMP_NUM_THREADS=1 )?python [^`]+)`", part)
+        claims, commands = (
+            figures(part),
+            re.findall(r"`((?:OMP_NUM_THREADS=1 )?python [^`]+)`", part),
+        )
         assert len(claims) > 2 and commands
         assert [text for text in (*claims, *commands) if text not in RESULTS] == []
     claims = figures(SCRIPT.read_text(encoding="utf-8").split('"""')[1])

@@ -1,16 +1,26 @@
-"""A killed run goes on to the same bits, a finished one can be extended; what cannot go on is refused."""
+"""A killed run goes on to the same bits, a finished one can be extended; the rest is refused."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from conftest import RUN, SECOND, at_call, checkpoint, one_line, rows, same_end, small, spawn, wait_for_iteration
+from conftest import (
+    RUN,
+    SECOND,
+    at,
+    checkpoint,
+    one_line,
+    rows,
+    same_end,
+    small,
+    wait_for_iteration,
+)
 
 import m2n2_mnist as script
-from m2n2_mnist import M2N2
+from m2n2_mnist import CHOICES, FOLDERS, M2N2, RANGES, SWITCHES
 
 pytestmark = pytest.mark.usefixtures("no_figure")
 
@@ -23,10 +33,12 @@ def die() -> None:
     raise Killed
 
 
-def kill(main: Callable, flags: list[str], owner: object = M2N2, name: str = "_step", call: int = 34) -> None:
-    """A run that is killed at that call, by default in its 34th child."""
+def kill(
+    main: Callable, flags: list[str], owner: object = M2N2, name: str = "_step", **moment: object
+) -> None:
+    """A run that is killed at that moment, by default in its 34th child."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        at_call(patch, owner, name, call, die)
+        at(patch, owner, name, die, **({"iteration": 33} | moment))
         main(*flags)
 
 
@@ -34,49 +46,76 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_and_resumed(kills: int, data_dir: Path, main: Callable) -> None:
-    """SIGKILL, then again after 50 more children at least; the survivor must end as one that was never disturbed."""
-    flags = small(data_dir=data_dir, iterations=1_000 + 150 * kills, test_every=10)
-    way_on, saved = flags, 0
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_and_resumed(kills: int, data_dir: Path, main: Callable, spawn: Callable) -> None:
+    """By SIGKILL, some rows later again; the end is that of a run that was never disturbed."""
+    flags = small(data_dir=data_dir, iterations=300 + 150 * kills, test_every=10)
+    way_on, reached = flags, 0
     for _ in range(kills):
         process = spawn(*way_on)
-        wait_for_iteration(process, saved + 50)
+        wait_for_iteration(process, reached + 50)
         process.kill()
-        _, error = process.communicate()
-        assert "deleted" not in error  # as Lightning says of metrics.csv, which is written anew
-        way_on, saved = [f"--resume={RUN}"], checkpoint(RUN)["m2n2"]["iteration"]
+        process.wait()
+        way_on, reached = [f"--resume={RUN}"], checkpoint(RUN)["m2n2"]["iteration"]
+    for path in RUN.glob("*.tmp"):  # what was being written
+        path.unlink()
     code, _, error = main(*way_on)
     assert code == 0, error
     main(*flags)
     same_end(RUN, SECOND)
 
 
-MOMENTS = {  # where a run is killed, at which call of it, and the iteration of the checkpoint that is left
-    "in a child": (M2N2, "_mutate", 33, 20),
-    "at a measurement": (M2N2, "_measure", 2, 20),
-    "before the checkpoint": (script, "atomic_save", 3, 20),
-    "in the checkpoint": (os, "replace", 3, 20),
-    "before the first child": (M2N2, "evolve", 1, 0),
-    "at the end": (script, "report", 1, 60),
+MOMENTS = {  # what is called then, after how many children, for which file; the checkpoint left
+    "before the first child": ((M2N2, "evolve", 0, ""), 0),
+    "in a child": ((M2N2, "_mutate", 33, ""), 20),
+    "as a subset is chosen": ((M2N2, "_choose_subset", 25, ""), 20),
+    "at a measurement": ((M2N2, "_measure", 40, ""), 20),
+    "in metrics.csv": ((os, "replace", 40, "metrics.csv"), 20),
+    "in the best model": ((os, "replace", 40, "best_model.pt"), 20),
+    "in the checkpoint": ((os, "replace", 40, "checkpoint.pt"), 20),
+    "at the end": ((script, "plot_evolution", 60, ""), 60),
 }
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_at_a_moment(moment: str, data_dir: Path, main: Callable) -> None:
-    *place, saved = MOMENTS[moment]
-    kill(main, small(data_dir=data_dir), *place)
-    assert checkpoint(RUN)["m2n2"]["iteration"] == saved and not (RUN / "best_model.pt").exists()
-    (RUN / "metrics.csv").unlink(missing_ok=True)  # the checkpoint has all of it
+    """The last row's checkpoint is all that it needs."""
+    (owner, name, iteration, file), saved = MOMENTS[moment]
+    kill(main, small(data_dir=data_dir), owner, name, iteration=iteration, file=file)
+    assert checkpoint(RUN)["m2n2"]["iteration"] == saved
+    for path in RUN.iterdir():
+        if path.name not in ("checkpoint.pt", "m2n2_mnist.py"):
+            path.unlink()
     code, _, error = main(f"--resume={RUN}")
     assert code == 0, error
     main(*small(data_dir=data_dir))
     same_end(RUN, SECOND)
 
 
+@pytest.mark.parametrize("file", ["metrics.csv", "checkpoint.pt"])
+def test_resumed_twice_at_once(
+    file: str, data_dir: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second process makes its whole run in the midst of a file of the first."""
+    other = []
+
+    def second() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: 10**9)
+            other.append(main(f"--resume={RUN}")[0])
+
+    kill(main, small(data_dir=data_dir))
+    with monkeypatch.context() as patch:
+        at(patch, os, "replace", second, iteration=40, file=file)
+        code, out, error = main(f"--resume={RUN}")
+    assert [code, *other] == [0, 0] and "could not be written" not in out + error
+    main(*small(data_dir=data_dir))
+    same_end(RUN, SECOND)
+
+
 def test_killed_in_the_second_of_several_runs(data_dir: Path, main: Callable) -> None:
     """Its folder alone goes on with it: that seed, that run, no other."""
-    kill(main, small(data_dir=data_dir, runs=3, seed=7), call=60 + 34)
+    kill(main, small(data_dir=data_dir, runs=3, seed=7), seed=8)
     assert checkpoint(SECOND)["m2n2"]["iteration"] == 20
     code, out, error = main(f"--resume={SECOND}")
     assert code == 0 and "seed 8\n" in out and out.count("Evolution finished.") == 1, error
@@ -86,13 +125,13 @@ def test_killed_in_the_second_of_several_runs(data_dir: Path, main: Callable) ->
 
 
 def test_goes_on_as_it_was(data_dir: Path, main: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With RESUME set in the file, beside another experiment's constants, elsewhere than its data's relative path."""
+    """With RESUME in the file, beside another experiment's constants, in another folder."""
     kill(main, small(data_dir=data_dir.name))
     Path("elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
-    edits = {"RESUME": f"../{RUN}", "SEED": 1, "RUNS": 5, "ITERATIONS": 10, "ALPHA": 0.5, "HIDDEN_DIM": 9}
+    edits = {"RESUME": f"../{RUN}", "SEED": 1, "RUNS": 5, "ITERATIONS": 10, "ALPHA": 0.5}
     with monkeypatch.context() as patch:
-        for name, value in (edits | {"DATA_DIR": "none"}).items():
+        for name, value in (edits | {"HIDDEN_DIM": 9, "DATA_DIR": "none"}).items():
             patch.setattr(script, name, value)
         code, out, error = main()
     assert code == 0 and "40 children in" in out and not os.listdir(), error
@@ -102,77 +141,102 @@ def test_goes_on_as_it_was(data_dir: Path, main: Callable, monkeypatch: pytest.M
 
 
 def test_a_finished_run_is_extended(data_dir: Path, main: Callable, tmp_path: Path) -> None:
-    """Flags may say how far, where the same images are, where outputs go, and what is as it was."""
+    """Flags may say how far, where the data are, where outputs go, and what is as it was."""
     main(*small(data_dir=data_dir, seed=5))
-    archive = checkpoint(RUN)["m2n2"]["archive"]
+    before = checkpoint(RUN)["m2n2"]
     code, out, _ = main(f"--resume={RUN}")
-    assert code == 0 and "children in" not in out and "Evolution finished." in out
-    assert torch.equal(checkpoint(RUN)["m2n2"]["archive"], archive) and len(rows(RUN)) == 3
+    assert code == 0 and "Evolution finished." in out
+    torch.testing.assert_close(checkpoint(RUN)["m2n2"], before, rtol=0, atol=0)
     moved = data_dir.rename(tmp_path / "moved")
     flags = ["--iterations=100", f"--data-dir={moved}", "--output-dir=elsewhere"]
-    flags += ["--hidden-dim=8", "--alpha=1", "--seed=5", "--runs=1", "--score=PROBABILITY", "--deskew=false"]
+    flags += ["--hidden-dim=8", "--alpha=1", "--seed=5", "--runs=1", "--deskew=false"]
     code, out, error = main(f"--resume={RUN}", *flags)
     assert code == 0 and "40 children in" in out, error
     assert [int(row["iteration"]) for row in rows(RUN)] == [20, 40, 60, 80, 100]
-    constants = yaml.safe_load((RUN / "hparams.yaml").read_text())
+    constants = json.loads((RUN / "constants.json").read_text())
     assert constants["ITERATIONS"] == 100 and constants["DATA_DIR"] == str(moved)
-    code, out, error = main(f"--resume={RUN}")  # with what it was given last
-    assert code == 0 and "children in" not in out and len(rows(RUN)) == 5, error
     assert os.listdir(RUN.parent) == ["version_0"] and not os.path.exists("elsewhere")
+    renamed = RUN.rename("renamed")
+    code, out, error = main(f"--resume={renamed}")  # with what it was given last
+    assert code == 0 and len(rows(renamed)) == 5 and not RUN.exists(), error
 
 
-CHANGES = {"hidden_dim": 9, "image_size": 14, "crop_size": 20, "deskew": True, "dataset": "KMNIST", "seed": 1}
-CHANGES |= {"archive_size": 6, "score": "correct", "temperature": 2.0, "alpha": 0.5, "runs": 2, "test_every": 10}
-CHANGES |= {"init_std": 0.5, "mutation_std": 0.5, "final_mutation_std": 0.5, "prior_std": 0.5}
-CHANGES |= {"use_attraction": False, "use_crossover": False, "use_split_point": False, "use_mirroring": False}
-CHANGES |= {"iterations": 59, "accelerator": "cuda"}
+# --- What cannot go on ---
+CHANGES = {"seed": 1, "runs": 2, "iterations": 59, "test_every": 10, "accelerator": "cuda"}
+CHANGES |= {"dataset": "KMNIST", "deskew": True, "crop_size": 20, "image_size": 14, "hidden_dim": 9}
+CHANGES |= {"archive_size": 6, "subset_size": 0, "subset_every": 9, "score": "correct"}
+CHANGES |= {"temperature": 2.0, "alpha": 0.5, "init_std": 0.5, "mutation_std": 0.1}
+CHANGES |= {"final_mutation_std": 0.1, "prior_std": 0.5, "use_crossover": False}
+CHANGES |= {"use_split_point": False, "use_attraction": False}
 
 
-def test_what_differs_is_refused(data_dir: Path, main: Callable) -> None:
-    """A flag by one line that names it and both values, each of the four files of images; the folder stays as it is."""
+def test_a_flag_that_differs_is_refused(data_dir: Path, main: Callable) -> None:
+    """By one line that names it and both values; the folder stays as it is."""
     main(*small(data_dir=data_dir))
     before, constants = contents(Path("runs")), checkpoint(RUN)["constants"]
-    assert constants.keys() == {name.upper() for name in CHANGES} | {"RESUME", "DATA_DIR", "OUTPUT_DIR"}
+    assert {name.upper() for name in CHANGES} == {*RANGES, *CHOICES, *SWITCHES}
+    assert constants.keys() == {*RANGES, *CHOICES, *SWITCHES, *FOLDERS}
     for name, value in CHANGES.items():
         code, out, error = main(f"--resume={RUN}", f"--{name.replace('_', '-')}={value}")
-        was = constants[name.upper()]
-        assert code == 1 and not out and one_line(error, f"{name.upper()} is {value!r}, but {was!r}", "RESUME"), error
-    for path in (data_dir / "MNIST" / "raw").iterdir():
-        content = path.read_bytes()
-        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        for flags in ([], [f"--data-dir={data_dir}"]):
-            code, out, error = main(f"--resume={RUN}", *flags)
-            assert code == 1 and not out and one_line(error, "images", "DATA_DIR"), path
-        path.write_bytes(content)
+        words = f"Error: {name.upper()} is {value!r}, but {constants[name.upper()]!r} in the run"
+        assert code == 1 and not out and one_line(error, words, "RESUME"), error
     assert contents(Path("runs")) == before
-    assert main(f"--resume={RUN}")[0] == 0
 
 
-def test_bad_checkpoints(data_dir: Path, main: Callable) -> None:
-    """In a folder of another name, in which the whole one is taken."""
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_run_made_on_cuda_cannot_go_on_without(data_dir: Path, main: Callable) -> None:
+    """One answer, once, and what can be done."""
     main(*small(data_dir=data_dir))
-    whole, state, path = (RUN / "checkpoint.pt").read_bytes(), checkpoint(RUN), Path("bad", "checkpoint.pt")
-    constants = state["constants"]
-    bad = {
-        "absent": None,
-        "truncated": whole[:-1_000],
-        "code": b"cos\nmkdir\n(S'hacked'\ntR.",  # a pickle that makes a folder
-        "list": [1],
-        "without a constant": state | {"constants": {name: constants[name] for name in constants if name != "DESKEW"}},
-        "with a bad value": state | {"constants": constants | {"ALPHA": -1}},
-    }
-    path.parent.mkdir()
-    for how, content in bad.items():
-        if isinstance(content, bytes):
-            path.write_bytes(content)
-        elif content is not None:
-            torch.save(content, path)
-        before = contents(path.parent)
-        code, out, error = main(f"--resume={path.parent}")
-        assert code == 1 and not out and one_line(error, str(path), "RESUME"), (how, error)
-        assert not os.path.exists("hacked") and contents(path.parent) == before, how
-    del state["m2n2"]["retry"]
-    torch.save(state, path)
-    assert "is of another model: 'retry'" in main("--resume=bad")[2] and os.listdir("bad") == ["checkpoint.pt"]
-    path.write_bytes(whole)
-    assert main("--resume=bad")[0] == 0
+    state = checkpoint(RUN)
+    state["constants"]["ACCELERATOR"] = "cuda"
+    torch.save(state, RUN / "checkpoint.pt")
+    before = contents(RUN)
+    code, out, error = main(f"--resume={RUN}")
+    assert code == 1 and not out and one_line(error, "Error: ", "cannot go on", "best model")
+    code, out, error = main(f"--resume={RUN}", "--accelerator=cpu")
+    assert code == 1 and not out and one_line(error, "but 'cuda' in the run")
+    assert contents(RUN) == before
+
+
+def with_part(part: str, **changes: object) -> Callable[[bytes, dict], dict]:
+    """A checkpoint with other constants or another state; None takes one away."""
+
+    def made(whole: bytes, state: dict) -> dict:
+        values = (state[part] | changes).items()
+        return state | {part: {name: value for name, value in values if value is not None}}
+
+    return made
+
+
+NO_WHOLE, OTHER = "checkpoint.pt is no whole checkpoint of this script", "is of another model"
+BAD = {  # what a checkpoint is made to, and what is said then
+    "absent": (lambda whole, state: None, NO_WHOLE),
+    "empty": (lambda whole, state: b"", NO_WHOLE),
+    "truncated": (lambda whole, state: whole[:-1_000], NO_WHOLE),
+    # A pickle that makes a folder.
+    "code": (lambda whole, state: b"cos\nmkdir\n(S'hacked'\ntR.", NO_WHOLE),
+    "a list": (lambda whole, state: [1], NO_WHOLE),
+    "without a state": (lambda whole, state: {"constants": state["constants"]}, NO_WHOLE),
+    "without a constant": (with_part("constants", DESKEW=None), NO_WHOLE),
+    "with a bad value": (with_part("constants", ALPHA=-1), NO_WHOLE),
+    "without its archive": (with_part("m2n2", archive=None), OTHER),
+    "with another archive": (with_part("m2n2", archive=torch.zeros(5, 3)), OTHER),
+    "with another subset": (with_part("m2n2", subset=torch.arange(3)), OTHER),
+}
+
+
+@pytest.mark.parametrize("how", BAD)
+def test_a_bad_checkpoint(how: str, data_dir: Path, main: Callable) -> None:
+    """One line, and the folder stays as it is."""
+    main(*small(data_dir=data_dir))
+    path, (change, words) = RUN / "checkpoint.pt", BAD[how]
+    content = change(path.read_bytes(), checkpoint(RUN))
+    path.unlink()
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        torch.save(content, path)
+    before = contents(RUN)
+    code, _, error = main(f"--resume={RUN}")
+    assert code == 1 and one_line(error, f"Error: {RUN}", words, "RESUME"), error
+    assert contents(RUN) == before and not os.path.exists("hacked")

@@ -1,5 +1,7 @@
-"""A run as a user starts it: what it prints, the files it leaves, and what it says where it cannot go on."""
+"""A run as a user starts it: what it prints, the files it leaves, and what stops it."""
 
+import errno
+import json
 import os
 import re
 import sys
@@ -9,14 +11,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
-from conftest import RUN, SCRIPT, SECOND, as_module, at_call, checkpoint, rows, run_script, same_end, small, write_mnist
+from conftest import (
+    RUN,
+    SCRIPT,
+    SECOND,
+    as_module,
+    at,
+    checkpoint,
+    full,
+    one_line,
+    rows,
+    same_end,
+    small,
+)
 
 import m2n2_mnist as script
-from m2n2_mnist import MLP
+from m2n2_mnist import M2N2, MLP
 
-LEARNS = {"init_std": 0.3, "mutation_std": 0.1, "prior_std": 0}  # so much in 60 children that accuracies differ
-FILES = {"metrics.csv", "hparams.yaml", "best_model.pt", "checkpoint.pt", "evolution.png", "m2n2_mnist.py"}
+# So much is learnt in 60 children that accuracies differ.
+LEARNS = {"init_std": 0.3, "mutation_std": 0.1, "prior_std": 0.0}
+FILES = {"metrics.csv", "constants.json", "best_model.pt", "checkpoint.pt"}
+FILES |= {"evolution.png", "m2n2_mnist.py"}
 
 
 def accuracy_of_file(folder: Path, data_dir: Path) -> float:
@@ -29,47 +44,56 @@ def accuracy_of_file(folder: Path, data_dir: Path) -> float:
     return 100 * np.mean(predictions == data.test_labels.numpy())
 
 
-def test_output_and_files(data_dir: Path) -> None:
+def test_output_and_files(data_dir: Path, run_script: Callable) -> None:
     run = run_script(*small(data_dir=data_dir, **LEARNS))
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
     assert lines[0] == "M2N2 on cpu, 1 process(es); 300 + 60 images of MNIST; seed 42"
-    assert re.fullmatch(r"60 children in \d+\.\d s, [\d.]+ a second", lines[1])
+    assert re.fullmatch(r"60 children in \d+\.\d s, [\d.,]+ a second", lines[1])
     assert re.fullmatch(r"Test accuracy of the archive as an ensemble: \d+\.\d\d%", lines[2])
     assert lines[3:5] == [f"Files: {RUN}", "Evolution finished."]
-    assert lines[5:] == [f"Final Test Accuracy of the best model: {accuracy_of_file(RUN, data_dir):.2f}%"]
+    accuracy = f"{accuracy_of_file(RUN, data_dir):.2f}%"
+    assert lines[5:] == [f"Final Test Accuracy of the best model: {accuracy}"]
 
-    history, measured = rows(RUN), checkpoint(RUN)["m2n2"]["history"]
+    history = checkpoint(RUN)["m2n2"]["history"]
     bars = [bar for bar in re.split(r"[\r\n]", run.stderr) if bar.strip()]
     assert all(bar.startswith("Evolving Models:") for bar in bars)
     assert "  0%" in bars[0] and "100%" in bars[-1] and "60/60" in bars[-1]
-    assert f"best_fitness={measured[-1]['best_fitness']:.0f}" in bars[-1]
-    assert all(f"{name}={measured[-1][name]:.2%}" in bars[-1] for name in ("train_acc", "test_acc"))
+    assert f"best_fitness={history[-1]['best_fitness']:.0f}" in bars[-1]
+    assert all(f"{name}={history[-1][name]:.2%}" in bars[-1] for name in ("train_acc", "test_acc"))
 
-    assert set(os.listdir(RUN)) == FILES and (RUN / "evolution.png").read_bytes().startswith(b"\x89PNG")
-    columns = {"iteration", "best_fitness", "train_acc", "test_acc", "coverage", "diversity", "acceptance"}
-    assert set(history[0]) == columns | {"step"}  # which Lightning adds
-    assert [row["iteration"] for row in measured] == [20, 40, 60]
-    for row, expected in zip(history, measured, strict=True):
-        assert {name: float(row[name]) for name in columns} == pytest.approx(expected)
-    constants = yaml.safe_load((RUN / "hparams.yaml").read_text())
-    assert set(constants) == set(script.CONSTANTS) and constants["SEED"] == 42
-    given = (flag[2:].split("=") for flag in small(data_dir=data_dir))
-    assert all(str(constants[name.replace("-", "_").upper()]) == value for name, value in given)
+    assert set(os.listdir(RUN)) == FILES
+    assert (RUN / "evolution.png").read_bytes().startswith(b"\x89PNG")
+    assert [row["iteration"] for row in history] == [20, 40, 60]
+    read = [{name: float(value) for name, value in row.items()} for row in rows(RUN)]
+    assert read == history  # exactly, and no other columns
+    constants = json.loads((RUN / "constants.json").read_text())
+    assert constants == checkpoint(RUN)["constants"]
+    given = dict(flag[2:].split("=") for flag in small(data_dir=data_dir, **LEARNS))
+    assert all(str(constants[name.upper().replace("-", "_")]) == given[name] for name in given)
+    assert constants["SEED"] == 42 and len(constants) == len(vars(script.parse_constants([])[0]))
 
 
-@pytest.mark.usefixtures("no_figure")
-def test_each_run_has_its_own_folder_and_seed(data_dir: Path, main: Callable) -> None:
+def test_each_run_has_its_own_folder_and_seed(
+    data_dir: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a figure of the runs so far."""
+    drawn = []
+    monkeypatch.setattr(
+        script, "plot_evolution", lambda runs, path: drawn.append((len(runs), path))
+    )
     code, out, error = main(*small(data_dir=data_dir, runs=3, seed=7, **LEARNS))
     assert code == 0, error
     folders = [RUN.with_name(f"version_{number}") for number in range(3)]
+    assert drawn == [(1 + n, folder / "evolution.png") for n, folder in enumerate(folders)]
     exact = np.array([accuracy_of_file(folder, data_dir) for folder in folders])
-    assert re.findall(r"Final Test Accuracy .*: ([\d.]+)%", out) == [f"{accuracy:.2f}" for accuracy in exact]
+    shown = re.findall(r"Final Test Accuracy .*: ([\d.]+)%", out)
+    assert shown == [f"{accuracy:.2f}" for accuracy in exact]
     assert len(set(exact)) > 1  # or this test shows little
-    assert out.endswith(f"Mean Test Accuracy of 3 runs: {exact.mean():.2f} ± {exact.std(ddof=1):.2f}%\n")
+    mean = f"{exact.mean():.2f} ± {exact.std(ddof=1):.2f}%"
+    assert out.endswith(f"Mean Test Accuracy of 3 runs: {mean}\n")
     for number, folder in enumerate(folders):
-        assert yaml.safe_load((folder / "hparams.yaml").read_text())["SEED"] == 7 + number
-        assert len(rows(folder)) == 3
+        assert checkpoint(folder)["constants"]["SEED"] == 7 + number and len(rows(folder)) == 3
     main(*small(data_dir=data_dir, seed=8, **LEARNS))
     same_end(SECOND, RUN.with_name("version_3"))
 
@@ -78,25 +102,16 @@ def test_the_copy_is_of_the_script_as_it_ran(data_dir: Path, main: Callable) -> 
     """Its bytes when it was read, though it is edited before the run's folder is made."""
     text = SCRIPT.read_bytes().replace(b"SEED = 42", b"SEED = 43\r")
     module, path = as_module(text), Path("edited.py")
-    module.plot_evolution = lambda *_: path.write_text("# edited")  # and before the second run's
+    module.plot_evolution = lambda *_: path.write_text("# edited")  # before the second run's folder
     path.write_text("# edited")
     code, out, error = main(*small(data_dir=data_dir, runs=2, iterations=4), module=module)
     assert code == 0 and "seed 43\n" in out, error
-    assert all((folder / path).read_bytes() == text for folder in (RUN, SECOND))
+    assert all((folder / SCRIPT.name).read_bytes() == text for folder in (RUN, SECOND))
 
 
-@pytest.mark.usefixtures("no_figure")
-def test_two_threads_give_the_same_bits_twice(tmp_path: Path, main: Callable) -> None:
-    """On data large enough for PyTorch to split each operation over them."""
-    data = write_mnist(tmp_path / "data", train=6_000)
-    torch.set_num_threads(2)
-    codes = [main(*small(data_dir=data, image_size=14, hidden_dim=64, iterations=40))[0] for _ in range(2)]
-    torch.set_num_threads(1)
-    assert codes == [0, 0]
-    same_end(RUN, SECOND)
-
-
-def test_without_matplotlib(data_dir: Path, main: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib(
+    data_dir: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, out, error = main(*small(data_dir=data_dir))
     assert code == 0 and "pip install matplotlib" in out and "Evolution finished." in out, error
@@ -104,40 +119,74 @@ def test_without_matplotlib(data_dir: Path, main: Callable, monkeypatch: pytest.
 
 
 def test_real_mnist_learns(real_mnist: Path, main: Callable) -> None:
-    """62 %, 61 with seeds 43 and 44; 55 without mirroring, 9 without mutation."""
-    code, out, error = main(f"--data-dir={real_mnist}", "--iterations=1000", "--accelerator=cpu")
+    """78 %, 82 and 81 with seeds 43 and 44; 70 without deskewing, 61 without crossover.
+
+    50 without competition, 8 without mutation. The default σ is for runs 60 times as long.
+    """
+    flags = ["--iterations=1500", "--mutation-std=0.02", "--subset-size=2000", "--subset-every=200"]
+    code, out, error = main(*flags, f"--data-dir={real_mnist}", "--accelerator=cpu")
     assert code == 0 and "60,000 + 10,000 images of MNIST" in out, error
-    assert float(re.search(r"best model: ([\d.]+)%", out)[1]) > 58
+    assert float(re.search(r"best model: ([\d.]+)%", out)[1]) > 74
 
 
+# --- What stops a run, and what does not ---
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_asked_for_and_absent(data_dir: Path, main: Callable) -> None:
     code, out, error = main(*small(data_dir=data_dir, accelerator="cuda"))
-    assert code == 1 and not out and "ACCELERATOR is 'cuda'" in error and "'auto' or 'cpu'" in error
+    assert code == 1 and not out and one_line(error, "Error: ACCELERATOR is 'cuda'", "'cpu'")
 
 
-def test_unwritable_output(data_dir: Path, main: Callable) -> None:
+def test_an_output_folder_that_cannot_be_made(data_dir: Path, main: Callable) -> None:
     Path("file").touch()
     code, _, error = main(*small(data_dir=data_dir, output_dir="file"))
-    assert code == 1 and "file/m2n2_mnist" in error and "OUTPUT_DIR" in error and "Traceback" not in error
+    assert code == 1 and one_line(error, "file/m2n2_mnist", "OUTPUT_DIR")
+
+
+def held(*_: object) -> None:
+    """As where a virus scanner or a spreadsheet holds the file."""
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+@pytest.mark.parametrize("how", ["held", "full"])
+@pytest.mark.parametrize("file", ["metrics.csv", "best_model.pt", "checkpoint.pt"])
+def test_a_row_that_cannot_be_written(
+    file: str, how: str, data_dir: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said once, and the next row makes it good."""
+    with monkeypatch.context() as patch:
+        if how == "held":
+            at(patch, os, "replace", held, iteration=40, file=f"{RUN}/{file}")
+        else:
+            at(patch, M2N2, "_measure", lambda: full(file), iteration=40)
+        code, out, error = main(*small(data_dir=data_dir))
+    assert code == 0 and "Evolution finished." in out, error
+    (line,) = [line for line in (out + error).splitlines() if "could not be written" in line]
+    trouble = "Permission denied" if how == "held" else "No space left on device. Make room."
+    assert line.startswith(f"{RUN}/{file} could not be written: {trouble}")
+    assert main(*small(data_dir=data_dir))[0] == 0
+    same_end(RUN, SECOND)
+
+
+REMEDIES = {"held": "no other program holds the file", "full": "Make room."}
 
 
 @pytest.mark.usefixtures("no_figure")
-@pytest.mark.parametrize("file", ["checkpoint.tmp", "metrics.csv"])
-def test_a_disk_that_fills_up(file: str, data_dir: Path, main: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last whole checkpoint stays, and the run goes on from it once there is room."""
-
-    def fill_up() -> None:
-        (RUN / file).unlink(missing_ok=True)
-        (RUN / file).symlink_to("/dev/full")
-
+@pytest.mark.parametrize("how", REMEDIES)
+@pytest.mark.parametrize("file", ["metrics.csv", "checkpoint.pt"])
+def test_an_end_that_cannot_be_written(
+    file: str, how: str, data_dir: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One message with what helps; the row before stays whole, and the run can go on from it."""
     with monkeypatch.context() as patch:
-        at_call(patch, script.M2N2, "_mutate", 30, fill_up)
+        if how == "held":
+            at(patch, os, "replace", held, iteration=60, file=f"{RUN}/{file}")
+        else:
+            at(patch, M2N2, "_measure", lambda: full(file), iteration=60)
         code, out, error = main(*small(data_dir=data_dir))
-    assert code == 1 and "No space left on device" in error and "Evolution finished." not in out
-    assert checkpoint(RUN)["m2n2"]["iteration"] == 20
-    assert str(RUN) in error and "RESUME" in error
-    (RUN / file).unlink(missing_ok=True)
+    assert code == 1 and "Evolution finished." not in out and "Traceback" not in error
+    message = error[error.index("Error: ") :]
+    assert one_line(message, f"{RUN}/{file} could not be written", REMEDIES[how])
+    assert not list(RUN.glob("*.tmp")) and checkpoint(RUN)["m2n2"]["iteration"] == 40
     assert main(f"--resume={RUN}")[0] == 0
     main(*small(data_dir=data_dir))
     same_end(RUN, SECOND)
