@@ -247,7 +247,8 @@ def ctrl_c() -> None:
 
 def wait_for_iteration(process: subprocess.Popen, iteration: int, folder: Path = RUN) -> None:
     """Until the checkpoint of at least that iteration is there."""
-    path, end = folder / "checkpoint.pt", time.monotonic() + 120
+    path, end = folder / "checkpoint.pt", time.monotonic() + 300
     while not path.exists() or checkpoint(folder)["m2n2"]["iteration"] < iteration:
-        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end  # or the process hangs
         time.sleep(0.01)

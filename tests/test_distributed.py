@@ -36,7 +36,7 @@ def test_same_end_as_one_process(tmp_path: Path, main: Callable, spawn: Callable
     out, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     assert out.count("2 process(es)") == out.count("Evolution finished.") == 1
-    assert out.count("Final Test Accuracy") == len(re.findall(r"Evolving Models: +0%", error)) == 1
+    assert out.count("Final Test Accuracy") == error.count(" 0/200 [") == 1  # the bar's beginning
     assert os.listdir("two/m2n2_mnist") == ["version_0"]
     folder = "two" / RUN.relative_to("runs")
     assert {*os.listdir(folder)} == {*os.listdir(RUN)}
@@ -50,14 +50,14 @@ def test_same_end_as_one_process(tmp_path: Path, main: Callable, spawn: Callable
 
 def test_a_process_that_dies_ends_the_run(data_dir: Path, spawn: Callable) -> None:
     process = spawn(*small(data_dir=data_dir, iterations=10**7), launcher=TORCHRUN)
-    wait_for_iteration(process, 100)
+    wait_for_iteration(process, 20)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
     pids = [int(pid) for pid in children.split()]
     os.kill(pids[-1], signal.SIGKILL)
     _, error = process.communicate(timeout=120)
     assert process.returncode != 0 and "SIGKILL" in error
     assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
-    assert checkpoint(RUN)["m2n2"]["iteration"] >= 100  # whole
+    assert checkpoint(RUN)["m2n2"]["iteration"] >= 20  # whole
 
 
 def test_torchrun_leaves_every_flag_to_the_script() -> None:

@@ -75,17 +75,17 @@ def test_a_model_that_keeps_something_is_evaluated_rightly() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_each_thread_takes_parts(threads: int) -> None:
-    """As many as PyTorch has, the caller's among them."""
-    seen = set()
+    """As many as PyTorch has, the caller's among them, with no threads of PyTorch's within."""
+    m2n2, seen = on_threads(threads, Keeps(12, 5, 3)), set()
+    m2n2.evolve(1)
 
-    class Notes(Keeps):
-        def forward(self, images: Tensor) -> Tensor:
-            seen.add(threading.get_ident())
-            return super().forward(images)
+    def note(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        seen.add((threading.get_ident(), torch.get_num_threads()))
 
-    m2n2 = on_threads(threads, Notes(12, 5, 3))
-    m2n2.evolve(3)
-    assert len(seen) == threads and threading.get_ident() in seen
+    with nn.modules.module.register_module_forward_pre_hook(note):
+        m2n2.logits(m2n2.best, m2n2.train_images)
+    assert len(seen) == threads and (threading.get_ident(), 1) in seen
+    assert {inner for _, inner in seen} == {1}
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
