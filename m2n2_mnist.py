@@ -55,9 +55,7 @@ ACCELERATOR = "cuda" if torch.cuda.is_available() else "cpu"  # where to compute
 DATASET = "MNIST"  # or another of torchvision's in the same layout
 DATA_DIR = "data"  # folder that holds the data set, or gets it downloaded
 DESKEW = True  # shear each image until its ink stands upright; not in the paper
-CROP_SIZE = (
-    20  # pixels a side of the central square that is kept, 28 for all; MNIST's digits have 20
-)
+CROP_SIZE = 20  # pixels a side of the central square that is kept, 28: all; the digits fill 20
 IMAGE_SIZE = 8  # pixels a side of its area average, which the model sees; the paper's 8
 HIDDEN_DIM = 128  # hidden units of the MLP; the paper's 256
 # M2N2
@@ -215,8 +213,8 @@ class MNISTDataModule(LightningDataModule):
                 raise ValueError(f"images {tuple(images.shape)}, labels up to {labels.max()}")
         except Exception as error:  # whatever torchvision, the network or the disk raises
             remedy = f"Its files are damaged: delete {folder} and run again."
-            if missing:
-                found = ", ".join(os.listdir(folder)) if folder.is_dir() else "nothing"
+            if missing or isinstance(error, OSError):
+                found = ", ".join(os.listdir(folder) if folder.is_dir() else []) or "nothing"
                 remedy = f"Or put {', '.join(files)}, unpacked, into {folder} (there is {found})"
                 remedy += "; DATA_DIR may name another folder."
             trouble = "could not be downloaded or read"
@@ -816,11 +814,12 @@ def write_whole(path: Path, contents: bytes) -> None:
         temporary.write_bytes(contents)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         remedy = "See that you may write there and that no other program holds the file."
         if error.errno == errno.ENOSPC:
             remedy = "Make room."
         raise OSError(f"{path} could not be written: {error.strerror}. {remedy}") from error
+    finally:  # after Ctrl-C too
+        temporary.unlink(missing_ok=True)
 
 
 def in_torch_format(contents: dict) -> bytes:
@@ -969,8 +968,9 @@ def parse_constants(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
     try:
         flags = {name: check(name, from_text(name, text)) for name, text in texts.items()}
         constants = {name: check(name, value) for name, value in constants.items()} | flags
+        check("SEED", constants["SEED"] + constants["RUNS"] - 1)  # the last run's
         sigma = max(constants["MUTATION_STD"], constants["FINAL_MUTATION_STD"])
-        if 0 < constants["PRIOR_STD"] <= sigma:
+        if 0 < constants["PRIOR_STD"] <= sigma and not constants["RESUME"]:
             raise ValueError(f"PRIOR_STD is {constants['PRIOR_STD']}, accepted is 0 or above σ")
     except ValueError as error:
         parser.exit(2, f"Error: {error}\n")

@@ -366,6 +366,7 @@ ODD = {  # what `of_model` is given, and what the message says of it
     "subtracts": (changes(lambda x: x.sub_(1)), "changes its input"),
     "normalises": (changes(lambda x: x.sub_(0.1).div_(0.3)), "changes its input"),
     "in-place ReLU": (flat(nn.ReLU(inplace=True), nn.Linear(12, 3)), "changes its input"),
+    "no value, yet": (changes(lambda x: x.clamp_(-9, 9)), "changes its input"),
     "subtracts from x.data": (changes(lambda x: x.data.sub_(1)), "changes its input"),
     "subtracts by NumPy": (
         changes(lambda x: torch.as_tensor(np.subtract(x, 1, out=x.numpy()))),
