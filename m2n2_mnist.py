@@ -323,15 +323,15 @@ def merging_params(model: nn.Module, others: Sequence[nn.Module | Mapping]) -> l
             if name not in state or name not in own or state[name].shape != own[name].shape:
                 raise ValueError(f"{which} is of another architecture than model: see {name}")
         vector = torch.cat([state[name].flatten() for name, _ in model.named_parameters()])
-        if not vector.isfinite().all():
-            raise ValueError(f"{which} has parameters that are not finite")
-        # Only parameters are merged: those of `model` must make the other model again.
         merged = deepcopy(model)
         set_params(merged, vector.detach())
+        vectors.append(get_params(merged).float())
+        if not vectors[-1].isfinite().all():
+            raise ValueError(f"{which} has parameters that are not finite")
+        # Only parameters are merged: those of `model` must make the other model again.
         for name, tensor in merged.state_dict().items():
             if not torch.equal(tensor, state[name].to(tensor)):
                 raise ValueError(f"{which} has another {name} than model, which is not merged")
-        vectors.append(get_params(merged).float())
     return vectors
 
 
@@ -666,6 +666,8 @@ class M2N2:
         try:
             evaluate(self._copies[0])
         finally:
+            for _ in numbers:
+                pass  # after an error nothing more is begun
             for helper in helpers:
                 helper.result()  # waits, and raises what was raised there
         return torch.cat(answers, dim=1)

@@ -80,7 +80,15 @@ def make_m2n2(
     defaults = {"archive_size": 4, "init_std": 0.5, "mutation_std": 0.1, "prior_std": 0.0}
     settings = defaults | {"seed": 1} | settings
     images = images.to(dtype)
-    return M2N2(MLP(inputs, hidden, classes), images, labels, images, labels, **settings)
+    examples = (images, labels, images[::2], labels[::2])
+    return M2N2(MLP(inputs, hidden, classes), *examples, **settings)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """PyTorch's number of threads is 1 again after a test that set another."""
+    yield
+    torch.set_num_threads(1)
 
 
 def all_models(m2n2: M2N2) -> torch.Tensor:

@@ -249,6 +249,8 @@ def test_initial_models_take_the_place_of_random_ones() -> None:
     m2n2 = make_m2n2(initial_models=(model for model in models), **still)
     found = {tuple(row.tolist()) for row in m2n2.archive if row.any()}
     assert found == {tuple(get_params(model).tolist()) for model in models}
+    more = make_m2n2(archive_size=2, initial_models=[*models, MLP(6, 5, 10)])
+    assert more.archive.any(dim=1).all()
     m2n2.evolve(50)
     assert m2n2.archive.any(dim=1).all()
     assert len({tuple(row.tolist()) for row in m2n2.archive}) == 4
@@ -310,13 +312,12 @@ def test_the_state_of_another_evolution_is_refused() -> None:
 
 @every_subset
 def test_evolve_fills_the_tensors_of_the_state_and_replaces_none(subset: dict) -> None:
-    """A CUDA graph goes on with those that it was captured with; `best` has no part in a step."""
+    """A CUDA graph goes on with those that it was captured with."""
     m2n2 = make_m2n2(prior_std=0.2, **subset)
     state = m2n2.state_dict()
 
     def tensors() -> dict[str, tuple[int, int]]:
         values = {name: value for name, value in vars(m2n2).items() if isinstance(value, Tensor)}
-        del values["best"]
         return {name: (id(value), value.data_ptr()) for name, value in values.items()}
 
     before = tensors()

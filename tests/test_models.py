@@ -141,11 +141,13 @@ def test_any_model(name: str, score: str) -> None:
         assert m2n2.history[-1]["test_acc"] == pytest.approx(right) and right > 0.4
 
 
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("name", LEARN)
-def test_a_vector_is_evaluated_as_the_model_that_has_it(name: str) -> None:
-    """Not as the model that was given, nor as what was evaluated before."""
+def test_a_vector_is_evaluated_as_the_model_that_has_it(name: str, threads: int) -> None:
+    """Not as the model that was given, nor as what was evaluated before, or beside it."""
+    torch.set_num_threads(threads)
     model = LEARN[name]()
-    m2n2, other = of_model(model), copy.deepcopy(model).to(torch.float32).eval()
+    m2n2, other = of_model(model, eval_batch_size=4), copy.deepcopy(model).to(torch.float32).eval()
     found = []
     for seed in (1, 2, 1):
         generator = torch.Generator().manual_seed(seed)
@@ -236,14 +238,11 @@ def evolved(m2n2: M2N2) -> M2N2:
     [("MLP", 0, 1), ("MLP", 7, 1), ("LSTM", 7, 1)]
     + [(name, 7, 2) for name in ("tied", "convolutional", "keeps its units")],
 )
-def test_a_copy_goes_on_to_the_originals_bits(
-    name: str, iterations: int, threads: int, request: pytest.FixtureRequest
-) -> None:
+def test_a_copy_goes_on_to_the_originals_bits(name: str, iterations: int, threads: int) -> None:
     """By deepcopy, pickle or a pool of processes, wherever the original stands.
 
     Which is not touched. With any number of threads, which do not live on in another process.
     """
-    request.addfinalizer(lambda: torch.set_num_threads(1))
     torch.set_num_threads(threads)
     settings = {"schedule": 50, "eval_batch_size": 8, "subset_size": 20, "subset_every": 10}
     m2n2 = of_model(LEARN[name](), **settings)
@@ -272,8 +271,11 @@ def test_the_best_model_can_be_fine_tuned(name: str) -> None:
     assert all(parameter.grad is not None for parameter in best.parameters())
     assert torch.equal(m2n2.archive, before) and not torch.equal(get_params(best), m2n2.best)
     assert torch.equal(get_params(m2n2.best_model()), m2n2.best)
+    tuned = get_params(best)
+    m2n2.evolve(20)
+    assert torch.equal(get_params(best), tuned)
     merged = of_model(m2n2.best_model(), initial_models=[best, m2n2.best_model()])
-    assert get_params(best).tolist() in merged.archive[:2].tolist()
+    assert tuned.tolist() in merged.archive[:2].tolist()
 
 
 def with_buffers(running_mean: float) -> nn.Module:
@@ -397,6 +399,11 @@ ODD_FIRST = {  # how `model` and a second model to be merged are made, and what 
     "one more": (LINEAR, lambda: flat(nn.Linear(12, 3)), f"{SEE} 1.bias"),
     "NaN": (MLPS, lambda: changed(MLPS(), "output.bias", torch.nan), "has .* not finite"),
     "infinite": (MLPS, lambda: changed(MLPS(), "hidden.bias", -torch.inf), "has .* not finite"),
+    "too large": (
+        MLPS,
+        lambda: changed(MLPS().double(), "output.bias", 1e300),
+        "has .* not finite",
+    ),
     "BatchNorm": (
         lambda: with_buffers(0.5),
         lambda: with_buffers(0.6),

@@ -8,7 +8,11 @@ import pytest
 import torch.distributed as dist
 from conftest import make_m2n2
 
-SUBSETS = {"all": {}, "subset": {"subset_size": 100, "subset_every": 25}}
+SUBSETS = {
+    "all": {},
+    "subset": {"subset_size": 100, "subset_every": 25},
+    "of fewer than there are processes": {"subset_size": 2, "subset_every": 25},
+}
 
 
 def evolved(rank: int, processes: int, store: Path, settings: dict) -> dict:
@@ -47,12 +51,3 @@ def test_several_processes_are_one(processes: int, subset: str, tmp_path: Path) 
     for row, expected in zip(found[0]["history"], one["history"], strict=True):
         assert row == pytest.approx(expected, rel=1e-5)
     assert len({tuple(row.items()) for row in one["history"]}) > 10
-
-
-def test_more_processes_than_examples_of_the_subset(tmp_path: Path) -> None:
-    one = evolved(0, 1, tmp_path, {"subset_size": 2})
-    jobs = [(rank, 3, tmp_path / "store", {"subset_size": 2}) for rank in range(3)]
-    with multiprocessing.get_context("fork").Pool(3) as pool:
-        found = pool.starmap_async(evolved, jobs, chunksize=1).get(timeout=100)
-    assert [state["width"] for state in found] == [1, 1, 0]
-    np.testing.assert_allclose(found[2]["archive"], one["archive"], rtol=1e-4, atol=1e-6)

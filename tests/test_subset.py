@@ -28,10 +28,12 @@ def reference_half(m2n2: M2N2, subset_size: int) -> set[int]:
 def test_which_examples_are_chosen(subset_size: int, score: str) -> None:
     """Half by the criterion, half from the rest, no example twice, all of them in time.
 
-    From two random models in an archive of four on: at first there are empty slots.
+    From two random models in an archive of four on: at first there are empty slots. The first
+    subset, by which more initial models than slots compete, is drawn too: data may be sorted.
     """
     m2n2 = make_m2n2(subset_size=subset_size, subset_every=1, score=score, schedule=40)
     seen, halves = set(), set()
+    assert sorted(m2n2.subset.tolist()) != list(range(subset_size))
     for _ in range(1_000):
         half = reference_half(m2n2, subset_size)  # by the archive before the child
         m2n2.evolve(1)
