@@ -241,6 +241,20 @@ class MNISTDataModule(LightningDataModule):
 
 
 # --- M2N2 ---
+def part_of(examples: Tensor) -> Tensor:
+    """The part that this process scores; under torch.distributed each scores one."""
+    if not dist.is_initialized():
+        return examples
+    return examples.tensor_split(dist.get_world_size())[dist.get_rank()]
+
+
+def all_reduce(values: Tensor) -> Tensor:
+    """The sum over the processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """PyTorch's operations on one thread: a sum is rounded alike whatever the number of cores."""
@@ -256,11 +270,56 @@ def one_thread() -> Iterator[None]:
 def thread_pool(threads: int, process: int) -> ThreadPoolExecutor:
     """Threads that each run PyTorch's operations by themselves.
 
-    PyTorch's own threads meet at the end of each operation, where all wait for the slowest: on a
-    busy machine they take up to ten times as long. `process` is `os.getpid()`, as threads do not
-    live on in a forked process.
+    `process` is `os.getpid()`, as threads do not live on in a forked process.
     """
     return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+
+class ForwardPass:
+    """A model's logits as a function of its parameters, the images divided among threads.
+
+    PyTorch's own threads meet at the end of each operation, where all wait for the slowest: on a
+    busy machine they take up to ten times as long. Here each thread evaluates whole parts of
+    `part_size` images by itself, in the same way whichever thread it is: the bits of the logits do
+    not depend on the number of threads. A GPU gets all images at once.
+    """
+
+    def __init__(self, model: nn.Module, part_size: int = 0) -> None:
+        self.model = model
+        self._params = get_params(model)
+        on_cpu = self._params.device.type == "cpu"
+        self.part_size = part_size or (2_500 if on_cpu else 10**9)
+        threads = torch.get_num_threads() if on_cpu else 1
+        # A copy of the modules for each thread, as a forward pass may keep something in them. They
+        # share the parameters, which deepcopy takes from its memo instead of copying them.
+        memo = {id(parameter): parameter for parameter in model.parameters()}
+        self._copies = [deepcopy(model, dict(memo)) for _ in range(threads)]
+
+    @one_thread()
+    def __call__(self, params: Tensor, images: Tensor) -> Tensor:
+        """Logits `(classes, examples)` of the model with the parameters `(params,)`."""
+        self._params.copy_(params)
+        vector_to_parameters(self._params, self.model.parameters())  # which become its views
+        parts = images.split(self.part_size)
+        answers = [images] * len(parts)  # each is replaced by the answer to its part
+        numbers = iter(range(len(parts)))  # common to the threads: none gets another's number
+
+        def evaluate(model: nn.Module) -> None:
+            # Modes are a thread's own: without this, autocast would hold in the caller's alone.
+            with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+                for number in numbers:
+                    answers[number] = model(parts[number]).T.float()
+
+        pool = thread_pool(len(self._copies), os.getpid())
+        helpers = [pool.submit(evaluate, model) for model in self._copies[1 : len(parts)]]
+        try:
+            evaluate(self._copies[0])
+        finally:
+            for _ in numbers:
+                pass  # after an error nothing more is begun
+            for helper in helpers:
+                helper.result()  # waits, and raises what was raised there
+        return torch.cat(answers, dim=1)
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
@@ -272,6 +331,11 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
     true = logits.gather(0, labels[None])[0]
     highest_other = logits.scatter(0, labels[None], -torch.inf).amax(dim=0)
     return true - highest_other
+
+
+def probabilities(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """softmax(logits / temperature) of the true class, `(examples,)`, for `(classes, examples)`."""
+    return (logits / temperature).softmax(dim=0).gather(0, labels[None])[0]
 
 
 def checked_examples(
@@ -413,20 +477,10 @@ class M2N2:
         self.test_labels = test_labels.to(self.train_labels)
         examples = len(self.train_labels)
         self.subset_size = subset_size if 0 < subset_size < examples else examples
-        on_cpu = self.train_images.device.type == "cpu"
-        self.eval_batch_size = eval_batch_size or (2_500 if on_cpu else examples)
-        self._rank, self._processes = 0, 1
-        if dist.is_initialized():
-            self._rank, self._processes = dist.get_rank(), dist.get_world_size()
 
         classes = 1 + int(max(self.train_labels.max(), self.test_labels.max()))
         self.model = checked_model(model, self.test_images, classes)
-        # A copy of the modules for each thread, as a forward pass may keep something in them. They
-        # share the parameters, which deepcopy takes from its memo instead of copying them.
-        memo = {id(parameter): parameter for parameter in self.model.parameters()}
-        threads = torch.get_num_threads() if on_cpu else 1
-        self._copies = [deepcopy(self.model, dict(memo)) for _ in range(threads)]
-        self._evaluated = get_params(self.model)  # the vector to evaluate
+        self.logits = ForwardPass(self.model, eval_batch_size)
         self._generator = torch.Generator(self.train_images.device).manual_seed(seed)
         self._fill_archive(merging_params(self.model, initial_models))
 
@@ -437,7 +491,7 @@ class M2N2:
     @one_thread()
     def _fill_archive(self, vectors: Sequence[Tensor]) -> None:
         """Empty slots, which these models `(params,)`, or two random ones, take like children."""
-        params = len(self._evaluated)
+        params = len(get_params(self.model))
         options = {"dtype": torch.float32, "device": self.train_images.device}
         # All that a step changes are tensors updated in place, so that a CUDA graph can replay it.
         # The last of K + 1 rows is the child's. It is copied over the worst row, maybe itself: that
@@ -448,7 +502,7 @@ class M2N2:
         if self.subset_size < len(self.subset):
             draws = torch.rand(len(self.subset), generator=self._generator, **options)
             self.subset = draws.topk(self.subset_size).indices
-        part = self._part(self.subset)
+        part = part_of(self.subset)
         self._images = self.train_images[part]
         self._labels = self.train_labels[part]
         self._scores = torch.zeros(self.archive_size + 1, len(part), **options)
@@ -468,16 +522,6 @@ class M2N2:
             self._evaluate(vector.to(self._models))
             self._update_archive()
         self._accepted.zero_()
-
-    def _part(self, whole: Tensor) -> Tensor:
-        """This process's part of some examples."""
-        return whole.tensor_split(self._processes)[self._rank]
-
-    def _all_reduce(self, values: Tensor) -> Tensor:
-        """Sum in place over the processes, each of which scores a part of the examples."""
-        if self._processes > 1:
-            dist.all_reduce(values)
-        return values
 
     @property
     def archive(self) -> Tensor:
@@ -505,7 +549,7 @@ class M2N2:
         end = first + iterations
         self.schedule = self.schedule or end
         make_child = self._step
-        hidden = self._rank > 0
+        hidden = dist.is_initialized() and dist.get_rank() > 0
         with tqdm(desc="Evolving Models", initial=first, total=end, disable=hidden) as bar:
             while self.iteration < end:
                 if self.iteration % self.subset_every == 0:
@@ -519,12 +563,8 @@ class M2N2:
                 if self.iteration % test_every == 0 or self.iteration == end:
                     row = self._measure()
                     self.history.append(row)
-                    bar.set_postfix(
-                        best_fitness=f"{row['best_fitness']:.0f}",
-                        train_acc=f"{row['train_acc']:.2%}",
-                        test_acc=f"{row['test_acc']:.2%}",
-                        refresh=False,
-                    )
+                    best_fitness, test_acc = row["best_fitness"], row["test_acc"]
+                    bar.set_postfix(best_fitness=f"{best_fitness:.0f}", test_acc=f"{test_acc:.2%}")
                     after_row(row)
 
     def _choose_subset(self) -> None:
@@ -537,12 +577,12 @@ class M2N2:
         if self.subset_size == len(self.train_labels):
             return
         spread = self._models.new_zeros(len(self.train_labels))
-        part = self._part(spread)  # a view, to be filled by this process
-        images, labels = self._part(self.train_images), self._part(self.train_labels)
+        part = part_of(spread)  # a view, to be filled by this process
+        images, labels = part_of(self.train_images), part_of(self.train_labels)
         for params in self.archive[self.archive.any(dim=1)]:
-            s = self._probabilities(self.logits(params, images), labels)
+            s = probabilities(self.logits(params, images), labels, self.temperature)
             part += (s * (1 - s)).nan_to_num(0)
-        self._all_reduce(spread)
+        all_reduce(spread)
         priority = torch.empty_like(spread).uniform_(generator=self._generator)  # all below 1
         priority[spread.topk(self.subset_size // 2).indices] = 1
         self.subset.copy_(priority.topk(self.subset_size).indices)
@@ -550,7 +590,7 @@ class M2N2:
 
     def _score_members(self) -> None:
         """Fill in the images and labels of the subset, and the members' scores on them."""
-        part = self._part(self.subset)
+        part = part_of(self.subset)
         torch.index_select(self.train_images, 0, part, out=self._images)
         torch.index_select(self.train_labels, 0, part, out=self._labels)
         for row, params in enumerate(self.archive):
@@ -559,11 +599,7 @@ class M2N2:
             self._scores[row] = torch.where(params.any(), scores.nan_to_num(0), 0)
 
     def _set_sigma(self) -> None:
-        """σ for the next step, and what then shrinks a child.
-
-        Over `schedule` children σ falls from `mutation_std` to `final_mutation_std` by half a
-        cosine.
-        """
+        """σ for the next step, which falls by half a cosine, and what then shrinks a child."""
         progress = min(self.iteration, self.schedule) / self.schedule
         cosine = (1 + np.cos(np.pi * progress)) / 2  # from 1 to 0
         sigma = self.final_mutation_std + (self.mutation_std - self.final_mutation_std) * cosine
@@ -589,7 +625,7 @@ class M2N2:
         if not self.use_attraction:
             return parent_a, self._draw(fitness)
         gain = (self.scores - self.scores.index_select(0, parent_a)).relu_()  # (archive, examples)
-        attraction = self._all_reduce(gain @ rewards)
+        attraction = all_reduce(gain @ rewards)
         attraction.index_fill_(0, parent_a, 1e-30)  # so B = A if all g are 0
         return parent_a, self._draw(attraction)
 
@@ -634,43 +670,9 @@ class M2N2:
     def _score(self, logits: Tensor, labels: Tensor) -> Tensor:
         """s_j `(examples,)` of logits `(classes, examples)`; NaN for one where they overflow."""
         if self.score == "probability":
-            return self._probabilities(logits, labels)
+            return probabilities(logits, labels, self.temperature)
         margin = margins(logits, labels)
         return torch.where(margin.isfinite(), (margin > 0).float(), torch.nan)
-
-    def _probabilities(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """softmax(logits / temperature) of the true class, `(examples,)`."""
-        return (logits / self.temperature).softmax(dim=0).gather(0, labels[None])[0]
-
-    @one_thread()
-    def logits(self, params: Tensor, images: Tensor) -> Tensor:
-        """Logits `(classes, examples)` of the model with the parameters `(params,)`.
-
-        Each thread evaluates whole parts of the images by itself. A part is evaluated in the same
-        way by whichever thread, so the bits do not depend on their number.
-        """
-        self._evaluated.copy_(params)
-        vector_to_parameters(self._evaluated, self.model.parameters())  # which become its views
-        parts = images.split(self.eval_batch_size)
-        answers = [images] * len(parts)  # each is replaced by the answer to its part
-        numbers = iter(range(len(parts)))  # common to the threads: none gets another's number
-
-        def evaluate(model: nn.Module) -> None:
-            # Modes are a thread's own: without this, autocast would hold in the caller's alone.
-            with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-                for number in numbers:
-                    answers[number] = model(parts[number]).T.float()
-
-        pool = thread_pool(len(self._copies), os.getpid())
-        helpers = [pool.submit(evaluate, model) for model in self._copies[1 : len(parts)]]
-        try:
-            evaluate(self._copies[0])
-        finally:
-            for _ in numbers:
-                pass  # after an error nothing more is begun
-            for helper in helpers:
-                helper.result()  # waits, and raises what was raised there
-        return torch.cat(answers, dim=1)
 
     def _update_fitness(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Changes nothing; returns fitness and the examples' rewards.
@@ -683,14 +685,12 @@ class M2N2:
         # matrix product does not give them, nor does CUDA to rows that do not all start at a
         # multiple of four numbers: hence the padding.
         paid = nn.functional.pad(scores * rewards, (0, -len(rewards) % 4))
-        return self._all_reduce(paid.sum(dim=1)), rewards
+        return all_reduce(paid.sum(dim=1)), rewards
 
     def _update_archive(self) -> None:
-        """The worst of K + 1 models goes.
-
-        `argmin` takes NaN, of a child that overflowed, or the first of equals.
-        """
+        """The worst of K + 1 models goes."""
         fitness, _ = self._update_fitness(self._scores)
+        # This takes NaN, of a child that overflowed, or the first of equals.
         worst = torch.argmin(fitness, dim=0, keepdim=True)
         self._scores.index_copy_(0, worst, self._scores[-1:].clone())
         self._models.index_copy_(0, worst, self._models[-1:].clone())
@@ -709,8 +709,8 @@ class M2N2:
         examples = len(self.train_labels)
         members = self.archive.any(dim=1).sum().item()
         pairs = max(1, members * (members - 1) / 2)
-        disagreements = self._all_reduce((known_by * (members - known_by)).sum()).item()
-        counts = self._all_reduce(right.sum(dim=1))  # (archive,)
+        disagreements = all_reduce((known_by * (members - known_by)).sum()).item()
+        counts = all_reduce(right.sum(dim=1))  # (archive,)
         self.best.copy_(self.archive[counts.argmax()])
         fitness, _ = self._update_fitness(self.scores)
         previous = self.history[-1]["iteration"] if self.history else 0
@@ -719,7 +719,7 @@ class M2N2:
             "best_fitness": fitness.max().item(),
             "train_acc": counts.max().item() / examples,
             "test_acc": self.test_accuracy(self.best[None]),
-            "coverage": self._all_reduce((known_by > 0).sum()).item() / examples,
+            "coverage": all_reduce((known_by > 0).sum()).item() / examples,
             "diversity": disagreements / examples / pairs,
             "acceptance": self._accepted.item() / (self.iteration - previous),
         }
@@ -728,7 +728,7 @@ class M2N2:
 
     def _right(self) -> Tensor:
         """Whether each member is right on each example of this process, `(archive, examples)`."""
-        images, labels = self._part(self.train_images), self._part(self.train_labels)
+        images, labels = part_of(self.train_images), part_of(self.train_labels)
         right = [margins(self.logits(params, images), labels) > 0 for params in self.archive]
         filled = self.archive.any(dim=1, keepdim=True)  # an empty slot is right on none
         return torch.stack(right) & filled
@@ -743,11 +743,9 @@ class M2N2:
 
     def test_accuracy(self, models: Tensor) -> float:
         """Test accuracy of the mean of the probabilities of some models `(models, params)`."""
-        probabilities = 0
-        for params in models:
-            logits = self.logits(params, self.test_images)
-            probabilities = probabilities + (logits / self.temperature).softmax(dim=0)
-        right = margins(probabilities, self.test_labels) > 0
+        logits = (self.logits(params, self.test_images) for params in models)
+        total = sum((each / self.temperature).softmax(dim=0) for each in logits)
+        right = margins(total, self.test_labels) > 0
         return right.sum().item() / len(self.test_labels)
 
     def state_dict(self) -> dict:
@@ -764,10 +762,7 @@ class M2N2:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from the state of an M2N2 with equal arguments; scores are recomputed.
-
-        A `schedule` that was given to the constructor stays.
-        """
+        """Go on from the state of an M2N2 with equal arguments; scores are recomputed."""
         for name, own in (("archive", self.archive), ("subset", self.subset)):
             if state[name].shape != own.shape:
                 theirs = tuple(state[name].shape)
@@ -779,7 +774,7 @@ class M2N2:
         self._accepted.copy_(state["accepted"])
         self.best.copy_(state["best"])
         self.iteration = state["iteration"]
-        self.schedule = self.schedule or state["schedule"]
+        self.schedule = self.schedule or state["schedule"]  # one given to the constructor stays
         self.history = list(state["history"])
 
 

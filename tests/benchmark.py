@@ -119,7 +119,7 @@ def measure(
 
     children = max(10, round(250 / milliseconds(single_step, calls)))  # a quarter of a second
     piece = partial(evolve, m2n2, children)
-    sizes = {len(m2n2._images), min(len(m2n2._images), m2n2.eval_batch_size)}
+    sizes = {len(m2n2._images), min(len(m2n2._images), m2n2.logits.part_size)}
     passes = [partial(forward, size) for size in sizes]
     if device.type == "cuda":
         passes = [captured(function) for function in passes]

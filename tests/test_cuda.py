@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import m2n2_mnist as script
-from m2n2_mnist import M2N2, MLP, captured_step
+from m2n2_mnist import M2N2, MLP, ForwardPass, captured_step
 
 SWITCHES = ["use_crossover", "use_split_point", "use_attraction"]
 every_setting = pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def fake_cuda(m2n2: M2N2) -> Iterator[None]:
                 setattr(m2n2, name, torch.empty_strided(value.shape, value.stride(), **like))
         with torch.device("cuda"):
             m2n2.model = MLP(6, 5)
-        m2n2._copies = [m2n2.model]
+            m2n2.logits = ForwardPass(m2n2.model, m2n2.logits.part_size)
         m2n2._generator = None  # one on CUDA needs a GPU
         with NoHost():
             yield
