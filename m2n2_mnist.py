@@ -20,7 +20,6 @@ import os
 import re
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -68,7 +67,7 @@ ALPHA = 1.0  # competition: 1 shares each example among its models, 0 is none
 INIT_STD = 0.01  # standard deviation of the two random models at the start
 MUTATION_STD = 0.005  # σ, standard deviation of the mutation, at the start; the paper's 0.01
 FINAL_MUTATION_STD = 0.001  # σ at the end of a run; the paper's is constant
-PRIOR_STD = 0.2  # mutation draws unused weights to N(0, PRIOR_STD²); above σ; 0: off, the paper's
+PRIOR_STD = 0.2  # unused weights shrink to N(0, PRIOR_STD²); above σ; 0: no prior, the paper's
 USE_CROSSOVER = True  # False: a child is a mutated copy of its first parent
 USE_SPLIT_POINT = True  # False: one SLERP over the whole vector
 USE_ATTRACTION = True  # False: both parents are drawn by fitness
@@ -80,7 +79,7 @@ def slerp(t: float | Tensor, a: Tensor, b: Tensor) -> Tensor:
 
     Ω is the angle between a and b; `t` is a number, or a tensor that broadcasts to `(params,)`.
     Where Ω is undefined or too small to divide by its sine (zero, parallel or opposite vectors),
-    the interpolation is linear: that of an Ω of 0.0001.
+    the interpolation is linear, computed with Ω = 0.0001.
     """
     omega = torch.acos(torch.dot(a, b) / (a.norm() * b.norm()))
     # The comparison is false for NaN: a zero vector, or a cosine rounded beyond 1.
@@ -128,8 +127,8 @@ def deskew(images: Tensor) -> Tensor:
     """Images `(examples, 1, side, side)`, each sheared until its ink stands upright.
 
     A row moves back by k times its distance from the centre of mass, k = Σ m dx dy / Σ m dy² over
-    the pixels' shares m of the ink, at most ±1, which makes Σ m dx dy zero (LeCun, Bottou, Bengio,
-    Haffner 1998). An image without ink stays as it is.
+    the pixels' shares m of the ink, at most ±1. Then Σ m dx dy is about zero (LeCun, Bottou,
+    Bengio, Haffner 1998). An image without ink stays as it is.
     """
     identity = torch.eye(2, 3, dtype=images.dtype)
     size = [1, *images.shape[1:]]
@@ -301,7 +300,7 @@ class ForwardPass:
         self._params.copy_(params)
         vector_to_parameters(self._params, self.model.parameters())  # which become its views
         parts = images.split(self.part_size)
-        answers = [images] * len(parts)  # each is replaced by the answer to its part
+        answers: list[Tensor | None] = [None] * len(parts)  # filled by the threads
         numbers = iter(range(len(parts)))  # common to the threads: none gets another's number
 
         def evaluate(model: nn.Module) -> None:
@@ -315,8 +314,8 @@ class ForwardPass:
         try:
             evaluate(self._copies[0])
         finally:
-            for _ in numbers:
-                pass  # after an error nothing more is begun
+            for _ in numbers:  # uses up what an error has left, so that no other part is begun
+                pass
             for helper in helpers:
                 helper.result()  # waits, and raises what was raised there
         return torch.cat(answers, dim=1)
@@ -490,12 +489,12 @@ class M2N2:
 
     @one_thread()
     def _fill_archive(self, vectors: Sequence[Tensor]) -> None:
-        """Empty slots, which these models `(params,)`, or two random ones, take like children."""
+        """Make K empty slots; these vectors, or two random ones, enter them like children."""
         params = len(get_params(self.model))
         options = {"dtype": torch.float32, "device": self.train_images.device}
-        # All that a step changes are tensors updated in place, so that a CUDA graph can replay it.
-        # The last of K + 1 rows is the child's. It is copied over the worst row, maybe itself: that
-        # needs no branch.
+        # K rows for the archive, and the last for the child, which is copied over the worst row,
+        # maybe itself. That needs no branch, and all that a step changes are tensors updated in
+        # place, so that a CUDA graph can replay it.
         self._models = torch.zeros(self.archive_size + 1, params, **options)
         # The subset, and this process's part of it: images, labels and scores.
         self.subset = torch.arange(len(self.train_labels), device=self.train_images.device)
@@ -543,7 +542,7 @@ class M2N2:
         """Make `iterations` more children.
 
         Each `test_every` children and at the end a row goes to `history`, and to `after_row`. σ
-        falls to its end over `schedule` children, or else over these.
+        falls over `schedule` children; where none is given, to the end of the first call.
         """
         first = self.iteration
         end = first + iterations
@@ -571,8 +570,8 @@ class M2N2:
         """Dynamic subset selection, after Gathercole & Ross 1994, and the members' scores on it.
 
         Half of it are the examples on which a mutation can move scores most: those with the highest
-        Σ_i s_ij (1 - s_ij), s being the probability of the true class; s (1 - s) is its derivative
-        by the logit. Half are drawn from the rest, so that nothing is forgotten.
+        Σ_i s_ij (1 - s_ij), s being the probability of the true class, whose derivative by the
+        logit is proportional to s (1 - s). Half are drawn from the rest: nothing is forgotten.
         """
         if self.subset_size == len(self.train_labels):
             return
@@ -583,7 +582,8 @@ class M2N2:
             s = probabilities(self.logits(params, images), labels, self.temperature)
             part += (s * (1 - s)).nan_to_num(0)
         all_reduce(spread)
-        priority = torch.empty_like(spread).uniform_(generator=self._generator)  # all below 1
+        # The first half has priority 1 and all others a random one below.
+        priority = torch.empty_like(spread).uniform_(generator=self._generator)
         priority[spread.topk(self.subset_size // 2).indices] = 1
         self.subset.copy_(priority.topk(self.subset_size).indices)
         self._score_members()
@@ -675,7 +675,7 @@ class M2N2:
         return torch.where(margin.isfinite(), (margin > 0).float(), torch.nan)
 
     def _update_fitness(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Changes nothing; returns fitness and the examples' rewards.
+        """Changes nothing; returns the models' fitness and the examples' rewards.
 
         f_i = Σ_j s_ij / z_j^α, `(models,)`, a term being 0 where z_j is 0; 1 / z_j^α `(examples,)`.
         """
@@ -697,12 +697,13 @@ class M2N2:
         self._accepted += worst < self.archive_size
 
     def _measure(self) -> dict[str, float]:
-        """A row of `history`, over all training examples but for `best_fitness`.
+        """A row of `history`.
 
-        `coverage` is the share of training examples that some member classifies correctly,
-        `diversity` the share on which one of two members does and the other does not, averaged over
-        all pairs (the disagreement measure, Kuncheva & Whitaker 2003), `acceptance` the share of
-        children since the last row that entered the archive.
+        `best_fitness` is over the subset; the others are over all examples. `coverage` is the share
+        of training examples that some member classifies correctly, `diversity` the share on which
+        one of two members does and the other does not, averaged over all pairs (the disagreement
+        measure, Kuncheva & Whitaker 2003). `acceptance` is the share of children since the last row
+        that entered the archive.
         """
         right = self._right()
         known_by = right.sum(dim=0)  # how many members, (examples,)
@@ -819,25 +820,21 @@ def write_whole(path: Path, contents: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def in_torch_format(contents: dict) -> bytes:
-    """What `torch.load` reads."""
-    buffer = io.BytesIO()
-    torch.save(contents, buffer)
-    return buffer.getvalue()
-
-
 def save(m2n2: M2N2, constants: argparse.Namespace, folder: Path) -> None:
     """Write metrics, best model and checkpoint: whatever ends the run now, these are left."""
+    contents = {}
     if m2n2.history:
         metrics = io.StringIO(newline="")
         writer = csv.DictWriter(metrics, m2n2.history[0])
         writer.writeheader()
         writer.writerows(m2n2.history)
         write_whole(folder / "metrics.csv", metrics.getvalue().encode())
-        best = m2n2.best_model().cpu().state_dict()
-        write_whole(folder / "best_model.pt", in_torch_format(best))
-    checkpoint = {"constants": vars(constants), "m2n2": m2n2.state_dict()}
-    write_whole(folder / "checkpoint.pt", in_torch_format(checkpoint))
+        contents["best_model.pt"] = m2n2.best_model().cpu().state_dict()
+    contents["checkpoint.pt"] = {"constants": vars(constants), "m2n2": m2n2.state_dict()}
+    for name, content in contents.items():
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_whole(folder / name, buffer.getvalue())
 
 
 def plot_evolution(histories: Sequence[list[dict[str, float]]], path: Path) -> None:
@@ -849,8 +846,7 @@ def plot_evolution(histories: Sequence[list[dict[str, float]]], path: Path) -> N
         return
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
-    rows = min(len(history) for history in histories)
-    children = [row["iteration"] for row in histories[0][:rows]]
+    children = [row["iteration"] for row in histories[0]]
     curves = {
         "test error of the best": lambda row: 1 - row["test_acc"],
         "training error of the best": lambda row: 1 - row["train_acc"],
@@ -858,14 +854,13 @@ def plot_evolution(histories: Sequence[list[dict[str, float]]], path: Path) -> N
         "diversity": lambda row: row["diversity"],
     }
     for label, share in curves.items():
-        values = np.array([[100 * share(row) for row in history[:rows]] for history in histories])
+        values = np.array([[100 * share(row) for row in history] for history in histories])
         mean = values.mean(axis=0)
-        std = values.std(axis=0, ddof=min(1, len(histories) - 1))
+        std = values.std(axis=0, ddof=min(1, len(histories) - 1))  # 0 for a single run
         axes.plot(children, mean, label=label)
         axes.fill_between(children, mean - std, mean + std, alpha=0.3, linewidth=0)
-    axes.set_yscale("log")
+    axes.set(xlabel="children evaluated", ylabel="examples (%)", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="children evaluated", ylabel="examples (%)")
     axes.legend()
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=200)
@@ -952,9 +947,7 @@ def parse_constants(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
         argument_default=argparse.SUPPRESS,
     )
     # The help for a flag is the comment beside its constant.
-    comments = dict(
-        re.findall(r"^([A-Z_]+)\b.*# *(.*?)\r?$", SOURCE.decode("utf-8", "replace"), re.M)
-    )
+    comments = dict(re.findall(r"^([A-Z_]+)\b.*# *(.*)", SOURCE.decode(errors="replace"), re.M))
     names = (*RANGES, *CHOICES, *SWITCHES, *FOLDERS)
     constants = {name: value for name, value in globals().items() if name in names}
     for name, default in constants.items():
@@ -974,12 +967,10 @@ def parse_constants(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
     return argparse.Namespace(**constants), flags
 
 
-def resume(
-    constants: argparse.Namespace, flags: dict[str, object]
-) -> tuple[argparse.Namespace, dict]:
+def resume(constants: argparse.Namespace, flags: dict) -> tuple[argparse.Namespace, dict]:
     """The constants and the state of the run in RESUME, which goes on as it was.
 
-    A flag may raise ITERATIONS and name other folders; any other that differs is refused.
+    A flag may raise ITERATIONS and name another DATA_DIR; any other that differs is refused.
     """
     path = Path(constants.RESUME, "checkpoint.pt")
     try:
@@ -990,28 +981,26 @@ def resume(
         sys.exit(f"Error: {path} is no whole checkpoint of this script. RESUME is a run's folder.")
     for name, value in flags.items():
         raised = name == "ITERATIONS" and value > then[name]
-        if value != then[name] and name not in FOLDERS and not raised:
-            was = f"{name} is {value!r}, but {then[name]!r} in the run to RESUME"
-            sys.exit(f"Error: {was}, which goes on as it was.")
+        if value != then[name] and name not in ("RESUME", "DATA_DIR") and not raised:
+            sys.exit(f"Error: {name} is {value!r}, but {then[name]!r} in the run to RESUME.")
     return argparse.Namespace(**then | flags | {"RESUME": constants.RESUME}), state
 
 
 # --- A run ---
 def launch(accelerator: str) -> Fabric:
     """The device and, under torchrun, the processes; one of SLURM or MPI is a run of its own."""
-    environment, processes, nodes = LightningEnvironment(), 1, 1
+    environment, devices, nodes = LightningEnvironment(), 1, 1
     if dist.is_torchelastic_launched():
         environment = TorchElasticEnvironment()
-        processes = int(os.environ["LOCAL_WORLD_SIZE"])
-        nodes = environment.world_size() // processes
-    if accelerator == "cuda" and torch.cuda.device_count() < processes:
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = environment.world_size() // devices
+    found = torch.cuda.device_count()
+    if accelerator == "cuda" and found < devices:
         sys.exit(
-            f"Error: ACCELERATOR is 'cuda', of which there are {torch.cuda.device_count()} for "
-            f"{processes} process(es). Set it to 'cpu'; a run made on CUDA cannot go on without, "
-            "but its folder has its best model."
+            f"Error: ACCELERATOR is 'cuda', of which there are {found} for {devices} process(es). "
+            "Set it to 'cpu'; a run made on CUDA cannot go on without, but has its best model."
         )
-    plugins = [environment]
-    fabric = Fabric(accelerator=accelerator, devices=processes, num_nodes=nodes, plugins=plugins)
+    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, plugins=environment)
     fabric.launch()
     return fabric
 
@@ -1068,15 +1057,12 @@ def run(
         try:
             m2n2.load_state_dict(state)
         except (KeyError, ValueError) as error:
-            sys.exit(
-                f"Error: {folder} is of another model ({error}): RESUME with the script in it."
-            )
-    elif fabric.is_global_zero:
-        folder = new_folder(constants.OUTPUT_DIR)
-    folder = fabric.broadcast(folder)
+            sys.exit(f"Error: {folder} is of another model ({error}): RESUME with its own script.")
     if fabric.is_global_zero:
+        folder = folder if state else new_folder(constants.OUTPUT_DIR)
         write_whole(folder / "constants.json", json.dumps(vars(constants), indent=2).encode())
         save(m2n2, constants, folder)
+    folder = fabric.broadcast(folder)
 
     def after_row(row: dict[str, float]) -> None:
         try:
@@ -1087,14 +1073,11 @@ def run(
                 raise
             tqdm.write(f"{error} The run goes on, and tries again after its next row.")
 
-    first, started = m2n2.iteration, time.perf_counter()
     try:
-        m2n2.evolve(constants.ITERATIONS - first, constants.TEST_EVERY, after_row)
+        m2n2.evolve(constants.ITERATIONS - m2n2.iteration, constants.TEST_EVERY, after_row)
     except KeyboardInterrupt:
         fabric.print(f"Interrupted. To go on from the last row, give no flag but --resume {folder}")
         sys.exit(130)  # as after any Ctrl-C
-    seconds, children = time.perf_counter() - started, m2n2.iteration - first
-    fabric.print(f"{children:,} children in {seconds:.1f} s, {children / seconds:.1f} a second")
     ensemble = m2n2.test_accuracy(m2n2.archive)
     fabric.print(f"Test accuracy of the archive as an ensemble: {ensemble:.2%}")
     return m2n2.history, folder
@@ -1112,7 +1095,7 @@ def main(argv: str | Sequence[object] = ()) -> None:
     if constants.RESUME:
         constants, state = resume(constants, flags)
     fabric = launch(constants.ACCELERATOR)
-    constants = fabric.broadcast(constants)  # an expression may differ between processes
+    constants = fabric.broadcast(constants)  # SEED = int(time.time()) differs between processes
     constants.DATA_DIR = os.path.abspath(constants.DATA_DIR)  # to RESUME from another folder
     preprocessing = (constants.DESKEW, constants.CROP_SIZE, constants.IMAGE_SIZE)
     data = MNISTDataModule(constants.DATA_DIR, constants.DATASET, *preprocessing)
