@@ -414,9 +414,9 @@ class M2N2:
     archive and all examples, draws the same random numbers and scores its part of the subset.
 
     The paper's symbols: s_ij in [0, 1], the score of model i on training example j of the subset;
-    z_j = Σ_i s_ij; f_i, a fitness. Attributes: the arguments, `archive`, `scores`, `subset` (which
-    examples, `(subset_size,)`), `iteration` (children so far), `history` (rows of `evolve`), `best`
-    (the member with the highest training accuracy at the last row, `(params,)`).
+    z_j = Σ_i s_ij; f_i, a fitness. What to read: `archive`, `scores`, `subset` (which examples,
+    `(subset_size,)`), `iteration` (children so far), `history` (rows of `evolve`), `best` (the
+    member with the highest training accuracy at the last row, `(params,)`).
     """
 
     def __init__(
