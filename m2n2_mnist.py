@@ -841,6 +841,7 @@ def plot_evolution(histories: Sequence[list[dict[str, float]]], path: Path) -> N
     """Errors and diversity over the children, in % of the examples; mean ± SD of some runs."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
     except ImportError:
         print("No figure without matplotlib: `pip install matplotlib` to get evolution.png.")
         return
@@ -860,6 +861,8 @@ def plot_evolution(histories: Sequence[list[dict[str, float]]], path: Path) -> N
         axes.plot(children, mean, label=label)
         axes.fill_between(children, mean - std, mean + std, alpha=0.3, linewidth=0)
     axes.set(xlabel="children evaluated", ylabel="examples (%)", yscale="log")
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.legend()
     picture = io.BytesIO()
