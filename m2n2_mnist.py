@@ -16,6 +16,7 @@ import csv
 import errno
 import io
 import json
+import math
 import os
 import re
 import socket
@@ -44,25 +45,25 @@ from tqdm import tqdm
 # --- Constants: edit these, or give them as flags, --seed 7 for SEED = 7 ---
 # Run
 SEED = 42  # seed of the first run
-RUNS = 1  # how often to repeat the experiment, with consecutive seeds
+RUNS = 1  # how often to repeat the experiment, with consecutive seeds; RESUME goes on with one
 ITERATIONS = 100_000  # children evaluated in a run
 TEST_EVERY = 1_000  # children between two rows of metrics.csv, each with a checkpoint
-RESUME = ""  # folder of an interrupted run to go on with, as runs/m2n2_mnist/version_3; "" for none
+RESUME = ""  # folder of a run to go on with, as runs/m2n2_mnist/version_3; only flags alter it
 OUTPUT_DIR = "runs"  # folder that gets m2n2_mnist/version_N for each run
 ACCELERATOR = "cuda" if torch.cuda.is_available() else "cpu"  # where to compute
 # Data and model
-DATASET = "MNIST"  # or another of torchvision's in the same layout
+DATASET = "MNIST"  # torchvision's name of the data set
 DATA_DIR = "data"  # folder that holds the data set, or gets it downloaded
 DESKEW = True  # shear each image until its ink stands upright; not in the paper
 CROP_SIZE = 20  # pixels a side of the central square that is kept, 28: all; the digits fill 20
-IMAGE_SIZE = 8  # pixels a side of its area average, which the model sees; the paper's 8
+IMAGE_SIZE = 8  # pixels a side after averaging over areas, which the model sees; the paper's 8
 HIDDEN_DIM = 128  # hidden units of the MLP; the paper's 256
 # M2N2
 ARCHIVE_SIZE = 4  # models in the archive, K; the paper's 20
 SUBSET_SIZE = 10_000  # training examples that a child is scored on; 0 for all of them, the paper's
-SUBSET_EVERY = 1_000  # children after which these examples are chosen anew
-SCORE = "probability"  # that of the true class, or the paper's 0/1: "correct"
-TEMPERATURE = 0.67  # of the softmax of the probability; higher is smoother
+SUBSET_EVERY = 1_000  # children after which the examples of SUBSET_SIZE are chosen anew
+SCORE = "probability"  # of the true class; "correct": 1 where a model is right, else 0, the paper's
+TEMPERATURE = 0.67  # of the softmax that gives the probability; higher is smoother
 ALPHA = 1.0  # competition: 1 shares each example among its models, 0 is none
 INIT_STD = 0.01  # standard deviation of the two random models at the start
 MUTATION_STD = 0.005  # σ, standard deviation of the mutation, at the start; the paper's 0.01
@@ -205,8 +206,8 @@ class MNISTDataModule(LightningDataModule):
         if download and missing:
             print(f"Downloading {self.dataset} to {folder}", flush=True)
         try:
-            files_of = getattr(datasets, self.dataset)
-            examples = files_of(self.data_dir, train, download=download)
+            dataset = getattr(datasets, self.dataset)
+            examples = dataset(self.data_dir, train, download=download)
             images, labels = examples.data, examples.targets
             if images.shape != (len(labels), 28, 28) or labels.max() > 9:
                 raise ValueError(f"images {tuple(images.shape)}, labels up to {labels.max()}")
@@ -309,6 +310,7 @@ class ForwardPass:
                 for number in numbers:
                     answers[number] = model(parts[number]).T.float()
 
+        # The caller is one of the threads: a helper fewer than copies, and none without a part.
         pool = thread_pool(len(self._copies), os.getpid())
         helpers = [pool.submit(evaluate, model) for model in self._copies[1 : len(parts)]]
         try:
@@ -363,7 +365,7 @@ def checked_model(model: nn.Module, images: Tensor, classes: int) -> nn.Module:
         logits = model(image)
     except Exception as error:
         raise ValueError(f"model cannot take images {tuple(images.shape)}: {error}") from error
-    # The version counts changes in place, as by ReLU(inplace=True), though no value may differ.
+    # _version counts changes in place: ReLU(inplace=True) may leave this image's values equal.
     if image._version or not torch.equal(image, images[:1]):
         raise ValueError("model changes its input in place: every child would change the data")
     fits = isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == 1
@@ -375,26 +377,25 @@ def checked_model(model: nn.Module, images: Tensor, classes: int) -> nn.Module:
 
 def merging_params(model: nn.Module, others: Sequence[nn.Module | Mapping]) -> list[Tensor]:
     """The vectors `(params,)` of modules or state_dicts; ValueError if they cannot be merged."""
-    own = model.state_dict()
     vectors = []
     for number, other in enumerate(others):
         which = f"initial_models[{number}]"
         state = other.state_dict() if isinstance(other, nn.Module) else other
-        if not isinstance(state, Mapping):
-            raise ValueError(f"{which} is a {type(other).__name__}, not a module or a state_dict")
-        for name in [*own, *state]:
-            if name not in state or name not in own or state[name].shape != own[name].shape:
-                raise ValueError(f"{which} is of another architecture than model: see {name}")
-        vector = torch.cat([state[name].flatten() for name, _ in model.named_parameters()])
-        merged = deepcopy(model)
-        set_params(merged, vector.detach())
-        vectors.append(get_params(merged).float())
-        if not vectors[-1].isfinite().all():
+        loaded = deepcopy(model)
+        try:
+            loaded.load_state_dict(state)
+        except (RuntimeError, TypeError) as error:  # names what differs
+            raise ValueError(f"{which} does not fit model: {error}") from error
+        params = get_params(loaded)
+        if not params.float().isfinite().all():
             raise ValueError(f"{which} has parameters that are not finite")
-        # Only parameters are merged: those of `model` must make the other model again.
+        # Only parameters are merged: beside model's buffers they must make the other model again.
+        merged = deepcopy(model)
+        set_params(merged, params)
         for name, tensor in merged.state_dict().items():
             if not torch.equal(tensor, state[name].to(tensor)):
                 raise ValueError(f"{which} has another {name} than model, which is not merged")
+        vectors.append(params.float())
     return vectors
 
 
@@ -406,8 +407,9 @@ class M2N2:
     evaluated on the training images' device, in their precision and in evaluation mode; all
     parameters evolve, frozen ones too, and buffers stay.
 
-    The archive, float32, starts as K empty slots, zeros with fitness 0. Two random models, or
-    `initial_models` (modules or state_dicts), take the first of them, and children the next.
+    The archive, float32, starts as K empty slots, zeros with fitness 0. Two random models take the
+    first of them, and children the next. The weights of `model` are not used: to start from trained
+    ones, give two or more `initial_models` (modules or state_dicts), and no prior, or they shrink.
 
     Children are scored on `subset_size` of the training examples, which are chosen anew after each
     `subset_every` children; 0 for all of them. Under torch.distributed every process holds the
@@ -492,16 +494,16 @@ class M2N2:
         """Make K empty slots; these vectors, or two random ones, enter them like children."""
         params = len(get_params(self.model))
         options = {"dtype": torch.float32, "device": self.train_images.device}
-        # K rows for the archive, and the last for the child, which is copied over the worst row,
-        # maybe itself. That needs no branch, and all that a step changes are tensors updated in
-        # place, so that a CUDA graph can replay it.
+        # A row for each member and, last, one for the child. A step copies the child's row over the
+        # worst, which may be its own. That needs no branch, and all that a step changes are tensors
+        # updated in place: a CUDA graph can replay it.
         self._models = torch.zeros(self.archive_size + 1, params, **options)
-        # The subset, and this process's part of it: images, labels and scores.
+        # The first subset is drawn, as nothing is known; `evolve` soon chooses another.
         self.subset = torch.arange(len(self.train_labels), device=self.train_images.device)
         if self.subset_size < len(self.subset):
             draws = torch.rand(len(self.subset), generator=self._generator, **options)
             self.subset = draws.topk(self.subset_size).indices
-        part = part_of(self.subset)
+        part = part_of(self.subset)  # that this process scores
         self._images = self.train_images[part]
         self._labels = self.train_labels[part]
         self._scores = torch.zeros(self.archive_size + 1, len(part), **options)
@@ -569,9 +571,9 @@ class M2N2:
     def _choose_subset(self) -> None:
         """Dynamic subset selection, after Gathercole & Ross 1994, and the members' scores on it.
 
-        Half of it are the examples on which a mutation can move scores most: those with the highest
-        Σ_i s_ij (1 - s_ij), s being the probability of the true class, whose derivative by the
-        logit is proportional to s (1 - s). Half are drawn from the rest: nothing is forgotten.
+        Half are the examples whose scores a mutation can move most, with the highest
+        Σ_i p_ij (1 - p_ij): p is the probability of the true class, whatever the score, and its
+        derivative by the logit is proportional to p (1 - p). Half are drawn: nothing is forgotten.
         """
         if self.subset_size == len(self.train_labels):
             return
@@ -579,8 +581,8 @@ class M2N2:
         part = part_of(spread)  # a view, to be filled by this process
         images, labels = part_of(self.train_images), part_of(self.train_labels)
         for params in self.archive[self.archive.any(dim=1)]:
-            s = probabilities(self.logits(params, images), labels, self.temperature)
-            part += (s * (1 - s)).nan_to_num(0)
+            p = probabilities(self.logits(params, images), labels, self.temperature)
+            part += (p * (1 - p)).nan_to_num(0)
         all_reduce(spread)
         # The first half has priority 1 and all others a random one below.
         priority = torch.empty_like(spread).uniform_(generator=self._generator)
@@ -601,7 +603,7 @@ class M2N2:
     def _set_sigma(self) -> None:
         """σ for the next step, which falls by half a cosine, and what then shrinks a child."""
         progress = min(self.iteration, self.schedule) / self.schedule
-        cosine = (1 + np.cos(np.pi * progress)) / 2  # from 1 to 0
+        cosine = (1 + math.cos(math.pi * progress)) / 2  # from 1 to 0
         sigma = self.final_mutation_std + (self.mutation_std - self.final_mutation_std) * cosine
         self._sigma.fill_(sigma)
         if self.prior_std:
@@ -675,7 +677,7 @@ class M2N2:
         return torch.where(margin.isfinite(), (margin > 0).float(), torch.nan)
 
     def _update_fitness(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Changes nothing; returns the models' fitness and the examples' rewards.
+        """The models' fitness and the examples' rewards; nothing is changed.
 
         f_i = Σ_j s_ij / z_j^α, `(models,)`, a term being 0 where z_j is 0; 1 / z_j^α `(examples,)`.
         """
@@ -791,7 +793,8 @@ def captured_step(m2n2: M2N2) -> Callable[[], None]:
     # Restores the stream, which a failed capture does not.
     current = torch.cuda.stream(torch.cuda.current_stream(device))
     try:
-        if torch.__version__ < "2.14":  # a later torch registers a generator on its first use
+        # Compared as versions. A later torch registers a generator on its first use.
+        if torch.__version__ < "2.14":
             graph.register_generator_state(generator)
         capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
         with torch.cuda.device(device), current, capture:
@@ -889,12 +892,13 @@ RANGES = {  # type, lowest and highest value
     "FINAL_MUTATION_STD": (float, 0.0, 1e30),
     "PRIOR_STD": (float, 0.0, 1e30),
 }
+SWITCHES = ("DESKEW", "USE_CROSSOVER", "USE_SPLIT_POINT", "USE_ATTRACTION")
 CHOICES = {
     "ACCELERATOR": ("cpu", "cuda"),
     "DATASET": ("MNIST", "FashionMNIST", "KMNIST"),
     "SCORE": ("probability", "correct"),
+    **dict.fromkeys(SWITCHES, (True, False)),
 }
-SWITCHES = ("DESKEW", "USE_CROSSOVER", "USE_SPLIT_POINT", "USE_ATTRACTION")
 FOLDERS = ("RESUME", "OUTPUT_DIR", "DATA_DIR")
 try:
     SOURCE = Path(__file__).read_bytes()  # as it runs: it may be edited before a run copies it
@@ -909,7 +913,7 @@ def accepted(name: str) -> str:
         return f"{'an integer' if kind is int else 'a number'} from {low} to {high}"
     if name in CHOICES:
         return " or ".join(map(repr, CHOICES[name]))
-    return "True or False" if name in SWITCHES else "a folder"
+    return "a folder"
 
 
 def check(name: str, value: object) -> int | float | bool | str:
@@ -919,10 +923,7 @@ def check(name: str, value: object) -> int | float | bool | str:
         if type(value) in (int, float) and low <= value <= high and kind(value) == value:
             return kind(value)
     elif name in CHOICES:
-        if isinstance(value, str) and value in CHOICES[name]:
-            return value
-    elif name in SWITCHES:
-        if isinstance(value, bool):
+        if isinstance(value, str | bool) and value in CHOICES[name]:  # 1 is no True here
             return value
     elif isinstance(value, str | Path):
         return os.path.expanduser(str(value))
@@ -951,7 +952,7 @@ def parse_constants(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
     )
     # The help for a flag is the comment beside its constant.
     comments = dict(re.findall(r"^([A-Z_]+)\b.*# *(.*)", SOURCE.decode(errors="replace"), re.M))
-    names = (*RANGES, *CHOICES, *SWITCHES, *FOLDERS)
+    names = (*RANGES, *CHOICES, *FOLDERS)
     constants = {name: value for name, value in globals().items() if name in names}
     for name, default in constants.items():
         meaning = f"{comments.get(name, '')} [{accepted(name)}] (default: {default!r})"
@@ -1062,7 +1063,8 @@ def run(
         except (KeyError, ValueError) as error:
             sys.exit(f"Error: {folder} is of another model ({error}): RESUME with its own script.")
     if fabric.is_global_zero:
-        folder = folder if state else new_folder(constants.OUTPUT_DIR)
+        if not state:
+            folder = new_folder(constants.OUTPUT_DIR)
         write_whole(folder / "constants.json", json.dumps(vars(constants), indent=2).encode())
         save(m2n2, constants, folder)
     folder = fabric.broadcast(folder)
@@ -1079,7 +1081,8 @@ def run(
     try:
         m2n2.evolve(constants.ITERATIONS - m2n2.iteration, constants.TEST_EVERY, after_row)
     except KeyboardInterrupt:
-        fabric.print(f"Interrupted. To go on from the last row, give no flag but --resume {folder}")
+        how = "To go on from the last checkpoint, give no flag but --resume"
+        fabric.print("Interrupted.", how, folder)
         sys.exit(130)  # as after any Ctrl-C
     ensemble = m2n2.test_accuracy(m2n2.archive)
     fabric.print(f"Test accuracy of the archive as an ensemble: {ensemble:.2%}")
@@ -1130,4 +1133,5 @@ def main(argv: str | Sequence[object] = ()) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    in_notebook = "kernel_launcher" in sys.argv[0]  # whose arguments are the kernel's own
+    main([] if in_notebook else sys.argv[1:])

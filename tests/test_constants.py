@@ -15,7 +15,7 @@ import m2n2_mnist as script
 from m2n2_mnist import CHOICES, FOLDERS, RANGES, SWITCHES, check, from_text
 
 TEXT = SCRIPT.read_text(encoding="utf-8")
-NAMES = (*RANGES, *CHOICES, *SWITCHES, *FOLDERS)
+NAMES = (*RANGES, *CHOICES, *FOLDERS)
 DEFAULTS = {name: getattr(script, name) for name in NAMES}
 LINES = {name: re.search(rf"^{name} = .*", TEXT, re.M)[0] for name in NAMES}
 

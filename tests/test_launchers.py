@@ -108,13 +108,15 @@ def test_from_standard_input(data_dir: Path, run_script: Callable) -> None:
 
 
 @pytest.mark.usefixtures("no_figure")
-def test_pasted_into_a_notebook(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """main() takes what it is given, not the kernel's own arguments; as under -OO."""
-    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "/root/kernel-1.json"])
-    cell = {"__name__": "a cell", "__doc__": None}
-    exec(compile(TEXT, "<cell>", "exec", optimize=2), cell)
-    cell |= {"ITERATIONS": 6, "TEST_EVERY": 3, "ACCELERATOR": "cpu", "IMAGE_SIZE": 7}
-    assert cell["main"]() is None
+@pytest.mark.parametrize("kernel", ["ipykernel_launcher.py", "/usr/lib/colab_kernel_launcher.py"])
+def test_pasted_into_a_notebook(
+    kernel: str, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs, and is not given the kernel's own arguments; as under -OO."""
+    monkeypatch.setattr(sys, "argv", [kernel, "-f", "/root/kernel-1.json"])
+    edits = "ITERATIONS, TEST_EVERY, ACCELERATOR, IMAGE_SIZE = 6, 3, 'cpu', 7"
+    cell = {"__name__": "__main__", "__doc__": None}
+    exec(compile(TEXT.replace("\n\n\n", f"\n{edits}\n\n\n", 1), "", "exec", optimize=2), cell)
     assert len(rows(RUN)) == 2 and not (RUN / SCRIPT.name).exists()
     with pytest.raises(SystemExit, match="0"):
         cell["main"]("--help")

@@ -390,13 +390,13 @@ def changed(model: nn.Module, name: str, value: float) -> nn.Module:
 
 
 MLPS, LINEAR = LEARN["MLP"], lambda: flat(nn.Linear(12, 3, bias=False))
-SEE = "is of another architecture than model: see"
+MISFIT = r"does not fit model: Error.*[\s\S]*"
 ODD_FIRST = {  # how `model` and a second model to be merged are made, and what the message says
-    "a path": (MLPS, lambda: Path("best.pt"), r"is a \w+Path, not a module or a state_dict"),
-    "another size": (MLPS, lambda: MLP(12, 4, 3), f"{SEE} hidden.weight"),
-    "other names": (MLPS, Tied, f"{SEE} hidden.weight"),
-    "other shapes": (LINEAR, lambda: flat(nn.Linear(3, 12, bias=False)), f"{SEE} 1.weight"),
-    "one more": (LINEAR, lambda: flat(nn.Linear(12, 3)), f"{SEE} 1.bias"),
+    "a path": (MLPS, lambda: Path("best.pt"), "does not fit model: .*Path"),
+    "another size": (MLPS, lambda: MLP(12, 4, 3), f"{MISFIT}hidden.weight"),
+    "other names": (MLPS, Tied, f"{MISFIT}hidden.weight"),
+    "other shapes": (LINEAR, lambda: flat(nn.Linear(3, 12, bias=False)), f"{MISFIT}1.weight"),
+    "one more": (LINEAR, lambda: flat(nn.Linear(12, 3)), f"{MISFIT}1.bias"),
     "NaN": (MLPS, lambda: changed(MLPS(), "output.bias", torch.nan), "has .* not finite"),
     "infinite": (MLPS, lambda: changed(MLPS(), "hidden.bias", -torch.inf), "has .* not finite"),
     "too large": (
@@ -410,7 +410,7 @@ ODD_FIRST = {  # how `model` and a second model to be merged are made, and what 
         "has another .*2.running_mean than model",
     ),
     "spectral norm": (LEARN["spectral norm"],) * 2 + (r"has another .*1.*\._u than model",),
-    "untied": (Tied, lambda: Tied(False), "has another .*two.weight"),
+    "untied": (Tied, lambda: Tied(False), "has another one.weight"),
 }
 
 

@@ -20,7 +20,7 @@ from conftest import (
 )
 
 import m2n2_mnist as script
-from m2n2_mnist import CHOICES, FOLDERS, M2N2, RANGES, SWITCHES
+from m2n2_mnist import CHOICES, FOLDERS, M2N2, RANGES
 
 pytestmark = pytest.mark.usefixtures("no_figure")
 
@@ -174,8 +174,8 @@ def test_a_flag_that_differs_is_refused(data_dir: Path, main: Callable) -> None:
     """By one line that names it and both values; the folder stays as it is."""
     main(*small(data_dir=data_dir))
     before, constants = contents(Path("runs")), checkpoint(RUN)["constants"]
-    assert {name.upper() for name in CHANGES} == {*RANGES, *CHOICES, *SWITCHES}
-    assert constants.keys() == {*RANGES, *CHOICES, *SWITCHES, *FOLDERS}
+    assert {name.upper() for name in CHANGES} == {*RANGES, *CHOICES}
+    assert constants.keys() == {*RANGES, *CHOICES, *FOLDERS}
     for name, value in CHANGES.items():
         code, out, error = main(f"--resume={RUN}", f"--{name.replace('_', '-')}={value}")
         words = f"Error: {name.upper()} is {value!r}, but {constants[name.upper()]!r} in the run"
