@@ -392,8 +392,9 @@ def merging_params(model: nn.Module, others: Sequence[nn.Module | Mapping]) -> l
         # Only parameters are merged: beside model's buffers they must make the other model again.
         merged = deepcopy(model)
         set_params(merged, params)
+        theirs = {**loaded.state_dict(), **state}  # an older state_dict lacks what loading adds
         for name, tensor in merged.state_dict().items():
-            if not torch.equal(tensor, state[name].to(tensor)):
+            if not torch.equal(tensor, theirs[name].to(tensor)):
                 raise ValueError(f"{which} has another {name} than model, which is not merged")
         vectors.append(params.float())
     return vectors

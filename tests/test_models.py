@@ -290,6 +290,10 @@ TAKEN = {  # how models are made, and what of them is given
     "in another order": (LEARN["MLP"], lambda model: dict(reversed(model.state_dict().items()))),
     "of another precision": (LEARN["float64"], lambda model: model),
     "of equal buffers": (lambda: with_buffers(0.5), lambda model: model),
+    "older than BatchNorm's count": (
+        lambda: with_buffers(0.5),
+        lambda model: {k: v for k, v in model.state_dict().items() if "num_batches" not in k},
+    ),
     "tied": (Tied, nn.Module.state_dict),
 }
 
