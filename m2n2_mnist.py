@@ -285,42 +285,42 @@ class ForwardPass:
     """
 
     def __init__(self, model: nn.Module, part_size: int = 0) -> None:
-        self.model = model
         self._params = get_params(model)
         on_cpu = self._params.device.type == "cpu"
         self.part_size = part_size or (2_500 if on_cpu else 10**9)
         threads = torch.get_num_threads() if on_cpu else 1
-        # A copy of the modules for each thread, as a forward pass may keep something in them. They
-        # share the parameters, which deepcopy takes from its memo instead of copying them.
-        memo = {id(parameter): parameter for parameter in model.parameters()}
-        self._copies = [deepcopy(model, dict(memo)) for _ in range(threads)]
+        # A copy for each thread, as a forward pass may keep something in its modules.
+        self._copies = [deepcopy(model) for _ in range(threads)]
+        for copy in self._copies:
+            vector_to_parameters(self._params, copy.parameters())  # which become its views
+
+    def __reduce__(self) -> tuple:
+        # Copied or pickled attribute by attribute, the parameters would be no views any more.
+        return ForwardPass, (self._copies[0], self.part_size)
 
     @one_thread()
     def __call__(self, params: Tensor, images: Tensor) -> Tensor:
         """Logits `(classes, examples)` of the model with the parameters `(params,)`."""
         self._params.copy_(params)
-        vector_to_parameters(self._params, self.model.parameters())  # which become its views
         parts = images.split(self.part_size)
-        answers: list[Tensor | None] = [None] * len(parts)  # filled by the threads
+        logits: list[Tensor | None] = [None] * len(parts)  # filled by the threads
         numbers = iter(range(len(parts)))  # common to the threads: none gets another's number
 
         def evaluate(model: nn.Module) -> None:
             # Modes are a thread's own: without this, autocast would hold in the caller's alone.
             with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
                 for number in numbers:
-                    answers[number] = model(parts[number]).T.float()
+                    logits[number] = model(parts[number]).T.float()
 
         # The caller is one of the threads: a helper fewer than copies, and none without a part.
         pool = thread_pool(len(self._copies), os.getpid())
         helpers = [pool.submit(evaluate, model) for model in self._copies[1 : len(parts)]]
         try:
             evaluate(self._copies[0])
-        finally:
-            for _ in numbers:  # uses up what an error has left, so that no other part is begun
-                pass
+        finally:  # after Ctrl-C too, no thread is left at work
             for helper in helpers:
                 helper.result()  # waits, and raises what was raised there
-        return torch.cat(answers, dim=1)
+        return torch.cat(logits, dim=1)
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
@@ -393,7 +393,11 @@ def merging_params(model: nn.Module, others: Sequence[nn.Module | Mapping]) -> l
         merged = deepcopy(model)
         set_params(merged, params)
         theirs = {**loaded.state_dict(), **state}  # an older state_dict lacks what loading adds
-        for name, tensor in merged.state_dict().items():
+        own = merged.state_dict()
+        if isinstance(other, nn.Module):  # has the buffers, too, that a state_dict leaves out
+            theirs.update(other.named_buffers())
+            own.update(merged.named_buffers())
+        for name, tensor in own.items():
             if not torch.equal(tensor, theirs[name].to(tensor)):
                 raise ValueError(f"{which} has another {name} than model, which is not merged")
         vectors.append(params.float())
@@ -653,8 +657,8 @@ class M2N2:
         if not self.use_split_point:
             return slerp(w, a, b)
         split_point = torch.randint(len(a), (1,), device=a.device, generator=self._generator)
-        before, after = slerp(torch.stack([w, 1 - w]), a, b)
-        return torch.where(torch.arange(len(a), device=a.device) < split_point, before, after)
+        before = torch.arange(len(a), device=a.device) < split_point
+        return slerp(torch.where(before, w, 1 - w), a, b)
 
     def _mutate(self, child: Tensor) -> Tensor:
         """child + σ N(0, 1), or, with a prior, child · √(1 - (σ / prior_std)²) + σ N(0, 1).

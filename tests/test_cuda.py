@@ -64,6 +64,7 @@ def fake_cuda(m2n2: M2N2) -> Iterator[None]:
         with torch.device("cuda"):
             m2n2.model = MLP(6, 5)
             m2n2.logits = ForwardPass(m2n2.model, m2n2.logits.part_size)
+            m2n2.logits._copies = [m2n2.model]  # deepcopy gives fake tensors another mode
         m2n2._generator = None  # one on CUDA needs a GPU
         with NoHost():
             yield

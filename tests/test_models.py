@@ -284,12 +284,21 @@ def with_buffers(running_mean: float) -> nn.Module:
     return model
 
 
+def normalising(mean: float) -> nn.Module:
+    """With a buffer that no state_dict holds."""
+    model = LEARN["MLP"]()
+    model.register_buffer("mean", torch.tensor(mean), persistent=False)
+    return model
+
+
 TAKEN = {  # how models are made, and what of them is given
     "modules": (LEARN["MLP"], lambda model: model),
     "state_dicts": (LEARN["MLP"], nn.Module.state_dict),
     "in another order": (LEARN["MLP"], lambda model: dict(reversed(model.state_dict().items()))),
     "of another precision": (LEARN["float64"], lambda model: model),
     "of equal buffers": (lambda: with_buffers(0.5), lambda model: model),
+    "of equal buffers that are not saved": (lambda: normalising(0.5), lambda model: model),
+    "without buffers that are not saved": (lambda: normalising(0.5), nn.Module.state_dict),
     "older than BatchNorm's count": (
         lambda: with_buffers(0.5),
         lambda model: {k: v for k, v in model.state_dict().items() if "num_batches" not in k},
@@ -412,6 +421,11 @@ ODD_FIRST = {  # how `model` and a second model to be merged are made, and what 
         lambda: with_buffers(0.5),
         lambda: with_buffers(0.6),
         "has another .*2.running_mean than model",
+    ),
+    "buffers that are not saved": (
+        lambda: normalising(0.5),
+        lambda: normalising(0.6),
+        "has another mean than model",
     ),
     "spectral norm": (LEARN["spectral norm"],) * 2 + (r"has another .*1.*\._u than model",),
     "untied": (Tied, lambda: Tied(False), "has another one.weight"),
