@@ -22,7 +22,7 @@ import re
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
@@ -45,17 +45,17 @@ from tqdm import tqdm
 # --- Constants: edit these, or give them as flags, --seed 7 for SEED = 7 ---
 # Run
 SEED = 42  # seed of the first run
-RUNS = 1  # how often to repeat the experiment, with consecutive seeds; RESUME goes on with one
+RUNS = 1  # how often to repeat the experiment, with consecutive seeds; a resumed run is one
 ITERATIONS = 100_000  # children evaluated in a run
 TEST_EVERY = 1_000  # children between two rows of metrics.csv, each with a checkpoint
-RESUME = ""  # folder of a run to go on with, as runs/m2n2_mnist/version_3; only flags alter it
+RESUME = ""  # folder of a run to go on with, as runs/m2n2_mnist/version_3; its constants stay
 OUTPUT_DIR = "runs"  # folder that gets m2n2_mnist/version_N for each run
 ACCELERATOR = "cuda" if torch.cuda.is_available() else "cpu"  # where to compute
 # Data and model
 DATASET = "MNIST"  # torchvision's name of the data set
 DATA_DIR = "data"  # folder that holds the data set, or gets it downloaded
 DESKEW = True  # shear each image until its ink stands upright; not in the paper
-CROP_SIZE = 20  # pixels a side of the central square that is kept, 28: all; the digits fill 20
+CROP_SIZE = 20  # pixels a side of the central square kept, 28 for all; the digits fill 20
 IMAGE_SIZE = 8  # pixels a side after averaging over areas, which the model sees; the paper's 8
 HIDDEN_DIM = 128  # hidden units of the MLP; the paper's 256
 # M2N2
@@ -68,7 +68,7 @@ ALPHA = 1.0  # competition: 1 shares each example among its models, 0 is none
 INIT_STD = 0.01  # standard deviation of the two random models at the start
 MUTATION_STD = 0.005  # σ, standard deviation of the mutation, at the start; the paper's 0.01
 FINAL_MUTATION_STD = 0.001  # σ at the end of a run; the paper's is constant
-PRIOR_STD = 0.2  # unused weights shrink to N(0, PRIOR_STD²); above σ; 0: no prior, the paper's
+PRIOR_STD = 0.2  # unused weights drift to N(0, PRIOR_STD²); above σ; 0: no prior, the paper's
 USE_CROSSOVER = True  # False: a child is a mutated copy of its first parent
 USE_SPLIT_POINT = True  # False: one SLERP over the whole vector
 USE_ATTRACTION = True  # False: both parents are drawn by fitness
@@ -79,8 +79,8 @@ def slerp(t: float | Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Spherical interpolation sin((1 - t) Ω) / sin Ω · a + sin(t Ω) / sin Ω · b, `(params,)`.
 
     Ω is the angle between a and b; `t` is a number, or a tensor that broadcasts to `(params,)`.
-    Where Ω is undefined or too small to divide by its sine (zero, parallel or opposite vectors),
-    the interpolation is linear, computed with Ω = 0.0001.
+    Where sin Ω is NaN or below 0.001 (zero, parallel or opposite vectors), Ω = 0.0001 takes its
+    place, which makes the interpolation linear.
     """
     omega = torch.acos(torch.dot(a, b) / (a.norm() * b.norm()))
     # The comparison is false for NaN: a zero vector, or a cosine rounded beyond 1.
@@ -99,15 +99,12 @@ def set_params(model: nn.Module, params: Tensor) -> None:
     own = get_params(model)
     if params.shape != own.shape:
         raise ValueError(f"the model has {len(own)} parameters, not {tuple(params.shape)}")
-    vector_to_parameters(own.copy_(params), model.parameters())  # which become views of own
+    vector_to_parameters(own.copy_(params), model.parameters())  # own: a copy in the model's dtype
 
 
 # --- Model ---
 class MLP(nn.Module):
-    """Images `(examples, ...)` → hidden ReLU layer → logits `(examples, classes)`.
-
-    `MLP(64, 256)` is the paper's.
-    """
+    """Images `(examples, ...)` → hidden ReLU layer → logits `(examples, classes)`."""
 
     def __init__(self, input_dim: int, hidden_dim: int = HIDDEN_DIM, output_dim: int = 10) -> None:
         super().__init__()
@@ -127,9 +124,9 @@ class MLP(nn.Module):
 def deskew(images: Tensor) -> Tensor:
     """Images `(examples, 1, side, side)`, each sheared until its ink stands upright.
 
-    A row moves back by k times its distance from the centre of mass, k = Σ m dx dy / Σ m dy² over
-    the pixels' shares m of the ink, at most ±1. Then Σ m dx dy is about zero (LeCun, Bottou,
-    Bengio, Haffner 1998). An image without ink stays as it is.
+    With dx and dy a pixel's offsets from the centre of mass and m its share of the ink, a row moves
+    back by k dy, k = Σ m dx dy / Σ m dy² limited to ±1. Then Σ m dx dy is about zero (LeCun,
+    Bottou, Bengio, Haffner 1998). An image without ink stays as it is.
     """
     identity = torch.eye(2, 3, dtype=images.dtype)
     size = [1, *images.shape[1:]]
@@ -155,10 +152,10 @@ def deskew(images: Tensor) -> Tensor:
 class MNISTDataModule(LightningDataModule):
     """A data set of MNIST's family, as whole tensors for M2N2 and as loaders for a `Trainer`.
 
-    `train_images` and `test_images` are float32 `(examples, 1, image_size, image_size)`, less the
-    mean training image and over the training set's standard deviation; `train_labels` and
-    `test_labels` are int64 `(examples,)`. `examples` are these four in the order in which `M2N2`
-    takes them. OSError for files that cannot be downloaded or read; its message says what to do.
+    `train_images` and `test_images` are float32 `(examples, 1, image_size, image_size)`, minus the
+    mean training image, divided by the standard deviation of all training pixels; `train_labels`
+    and `test_labels` are int64 `(examples,)`. `examples` are these four in the order in which
+    `M2N2` takes them. OSError for files that cannot be downloaded or read; it says what to do.
     """
 
     def __init__(
@@ -295,7 +292,7 @@ class ForwardPass:
             vector_to_parameters(self._params, copy.parameters())  # which become its views
 
     def __reduce__(self) -> tuple:
-        # Copied or pickled attribute by attribute, the parameters would be no views any more.
+        # Views do not survive copying or pickling: the copy makes them anew.
         return ForwardPass, (self._copies[0], self.part_size)
 
     @one_thread()
@@ -307,19 +304,20 @@ class ForwardPass:
         numbers = iter(range(len(parts)))  # common to the threads: none gets another's number
 
         def evaluate(model: nn.Module) -> None:
-            # Modes are a thread's own: without this, autocast would hold in the caller's alone.
+            # Each thread has its own modes: the caller's autocast would not reach the helpers.
             with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
                 for number in numbers:
                     logits[number] = model(parts[number]).T.float()
 
-        # The caller is one of the threads: a helper fewer than copies, and none without a part.
+        # The caller evaluates too, with the first copy; there are no more threads than parts.
         pool = thread_pool(len(self._copies), os.getpid())
         helpers = [pool.submit(evaluate, model) for model in self._copies[1 : len(parts)]]
         try:
             evaluate(self._copies[0])
-        finally:  # after Ctrl-C too, no thread is left at work
-            for helper in helpers:
-                helper.result()  # waits, and raises what was raised there
+        finally:
+            wait(helpers)  # after Ctrl-C too: no thread is left at work
+        for helper in helpers:
+            helper.result()  # raises what was raised there
         return torch.cat(logits, dim=1)
 
 
@@ -389,16 +387,15 @@ def merging_params(model: nn.Module, others: Sequence[nn.Module | Mapping]) -> l
         params = get_params(loaded)
         if not params.float().isfinite().all():
             raise ValueError(f"{which} has parameters that are not finite")
-        # Only parameters are merged: beside model's buffers they must make the other model again.
-        merged = deepcopy(model)
-        set_params(merged, params)
-        theirs = {**loaded.state_dict(), **state}  # an older state_dict lacks what loading adds
-        own = merged.state_dict()
+        # Only parameters are merged: with model's buffers they must make the other model again.
+        rebuilt = deepcopy(model)
+        set_params(rebuilt, params)
+        own, theirs = rebuilt.state_dict(), dict(state)
         if isinstance(other, nn.Module):  # has the buffers, too, that a state_dict leaves out
+            own.update(rebuilt.named_buffers())
             theirs.update(other.named_buffers())
-            own.update(merged.named_buffers())
         for name, tensor in own.items():
-            if not torch.equal(tensor, theirs[name].to(tensor)):
+            if name in theirs and not torch.equal(tensor, theirs[name].to(tensor)):
                 raise ValueError(f"{which} has another {name} than model, which is not merged")
         vectors.append(params.float())
     return vectors
@@ -452,14 +449,14 @@ class M2N2:
         initial_models: Sequence[nn.Module | Mapping] = (),
         seed: int = SEED,
     ) -> None:
-        # What would go wrong in silence; the rest is left to PyTorch.
+        # Checked is what would go wrong in silence; the rest is left to PyTorch.
         if score not in ("probability", "correct"):
             raise ValueError(f"score is {score!r}, accepted are 'probability' and 'correct'")
         if archive_size < 2:
             raise ValueError(f"archive_size is {archive_size}, accepted is 2 or more")
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}, accepted is above 0")
-        if not 0 <= alpha <= 3:
+        if not 0 <= alpha <= 3:  # above 3.2, 1 / z^α may overflow
             raise ValueError(f"alpha is {alpha}, accepted is 0 to 3")
         if prior_std and prior_std <= max(mutation_std, final_mutation_std):
             raise ValueError(f"prior_std is {prior_std}, accepted is 0 or above the mutation's σ")
@@ -491,7 +488,7 @@ class M2N2:
         self._fill_archive(merging_params(self.model, initial_models))
 
     def __getstate__(self) -> dict:
-        # A copy, or a multiprocessing worker given this would share, and change, its tensors.
+        # A copy: else a worker of multiprocessing would share this one's tensors and change them.
         return deepcopy(vars(self))
 
     @one_thread()
@@ -500,10 +497,10 @@ class M2N2:
         params = len(get_params(self.model))
         options = {"dtype": torch.float32, "device": self.train_images.device}
         # A row for each member and, last, one for the child. A step copies the child's row over the
-        # worst, which may be its own. That needs no branch, and all that a step changes are tensors
-        # updated in place: a CUDA graph can replay it.
+        # worst row, be it the child's: so it needs no branch. It changes tensors only, in place, so
+        # a CUDA graph can replay it.
         self._models = torch.zeros(self.archive_size + 1, params, **options)
-        # The first subset is drawn, as nothing is known; `evolve` soon chooses another.
+        # The subset of the first models is drawn; `evolve` begins by choosing another.
         self.subset = torch.arange(len(self.train_labels), device=self.train_images.device)
         if self.subset_size < len(self.subset):
             draws = torch.rand(len(self.subset), generator=self._generator, **options)
@@ -522,10 +519,10 @@ class M2N2:
         self.history: list[dict[str, float]] = []
 
         if not vectors:
-            empty = [torch.empty(params, **options) for _ in range(2)]
-            vectors = [v.normal_(0, self.init_std, generator=self._generator) for v in empty]
+            empty = torch.empty(2, params, **options)
+            vectors = [row.normal_(0, self.init_std, generator=self._generator) for row in empty]
         for vector in vectors:
-            self._evaluate(vector.to(self._models))
+            self._evaluate(vector)
             self._update_archive()
         self._accepted.zero_()
 
@@ -576,9 +573,9 @@ class M2N2:
     def _choose_subset(self) -> None:
         """Dynamic subset selection, after Gathercole & Ross 1994, and the members' scores on it.
 
-        Half are the examples whose scores a mutation can move most, with the highest
-        Σ_i p_ij (1 - p_ij): p is the probability of the true class, whatever the score, and its
-        derivative by the logit is proportional to p (1 - p). Half are drawn: nothing is forgotten.
+        With p the probability of the true class (for either score), half are the examples with the
+        highest Σ_i p_ij (1 - p_ij), which a mutation can move most: p (1 - p) is, up to a factor,
+        the derivative of p by the logit. The other half are drawn, so that nothing is forgotten.
         """
         if self.subset_size == len(self.train_labels):
             return
@@ -606,7 +603,7 @@ class M2N2:
             self._scores[row] = torch.where(params.any(), scores.nan_to_num(0), 0)
 
     def _set_sigma(self) -> None:
-        """σ for the next step, which falls by half a cosine, and what then shrinks a child."""
+        """Set the next step's σ, along half a cosine, and the factor √(1 - (σ / prior_std)²)."""
         progress = min(self.iteration, self.schedule) / self.schedule
         cosine = (1 + math.cos(math.pi * progress)) / 2  # from 1 to 0
         sigma = self.final_mutation_std + (self.mutation_std - self.final_mutation_std) * cosine
@@ -639,8 +636,8 @@ class M2N2:
     def _draw(self, chances: Tensor) -> Tensor:
         """An index `(1,)`, i with probability chances_i / Σ chances.
 
-        Exponential clocks: clock i rings after Exp(1) / chances_i, and is the first to ring with
-        just that probability. For torch.multinomial the host would have to wait.
+        Clock i rings after Exp(1) / chances_i, and is the first with just that probability: where
+        chances_i / Exp(1) is highest. For torch.multinomial the host would have to wait.
         """
         waiting = torch.empty_like(chances).exponential_(generator=self._generator)
         return torch.argmax(chances / waiting, dim=0, keepdim=True)
@@ -675,7 +672,7 @@ class M2N2:
         self._models[-1] = child
 
     def _score(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """s_j `(examples,)` of logits `(classes, examples)`; NaN for one where they overflow."""
+        """s_j `(examples,)` of logits `(classes, examples)`; NaN where it cannot be computed."""
         if self.score == "probability":
             return probabilities(logits, labels, self.temperature)
         margin = margins(logits, labels)
@@ -684,13 +681,14 @@ class M2N2:
     def _update_fitness(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The models' fitness and the examples' rewards; nothing is changed.
 
-        f_i = Σ_j s_ij / z_j^α, `(models,)`, a term being 0 where z_j is 0; 1 / z_j^α `(examples,)`.
+        Fitness f_i = Σ_j s_ij / z_j^α, `(models,)`, without the j with z_j = 0; rewards 1 / z_j^α,
+        `(examples,)`.
         """
         # A child that overflowed has NaN scores.
         rewards = scores.nansum(dim=0).clamp_(min=1e-12).pow_(-self.alpha)
-        # Equal rows must have equal sums, or rounding would choose between identical models. A
-        # matrix product does not give them, nor does CUDA to rows that do not all start at a
-        # multiple of four numbers: hence the padding.
+        # Identical models must get equal sums, or rounding would choose between them. A matrix
+        # product may not give these; on CUDA a sum may not, unless rows start at multiples of four
+        # numbers: hence the padding.
         paid = nn.functional.pad(scores * rewards, (0, -len(rewards) % 4))
         return all_reduce(paid.sum(dim=1)), rewards
 
@@ -706,11 +704,11 @@ class M2N2:
     def _measure(self) -> dict[str, float]:
         """A row of `history`.
 
-        `best_fitness` is over the subset; the others are over all examples. `coverage` is the share
-        of training examples that some member classifies correctly, `diversity` the share on which
-        one of two members does and the other does not, averaged over all pairs (the disagreement
-        measure, Kuncheva & Whitaker 2003). `acceptance` is the share of children since the last row
-        that entered the archive.
+        `best_fitness` is over the subset, all else over all examples. `coverage` is the share of
+        training examples that some member classifies correctly, `diversity` the share on which one
+        of two members does and the other does not, averaged over all pairs (the disagreement
+        measure, Kuncheva & Whitaker 2003), `acceptance` the share of the children since the last
+        row that entered the archive.
         """
         right = self._right()
         known_by = right.sum(dim=0)  # how many members, (examples,)
@@ -751,8 +749,9 @@ class M2N2:
 
     def test_accuracy(self, models: Tensor) -> float:
         """Test accuracy of the mean of the probabilities of some models `(models, params)`."""
-        logits = (self.logits(params, self.test_images) for params in models)
-        total = sum((each / self.temperature).softmax(dim=0) for each in logits)
+        total = 0
+        for params in models:
+            total += (self.logits(params, self.test_images) / self.temperature).softmax(dim=0)
         right = margins(total, self.test_labels) > 0
         return right.sum().item() / len(self.test_labels)
 
@@ -782,7 +781,7 @@ class M2N2:
         self._accepted.copy_(state["accepted"])
         self.best.copy_(state["best"])
         self.iteration = state["iteration"]
-        self.schedule = self.schedule or state["schedule"]  # one given to the constructor stays
+        self.schedule = self.schedule or state["schedule"]  # one already set here stays
         self.history = list(state["history"])
 
 
@@ -795,7 +794,7 @@ def captured_step(m2n2: M2N2) -> Callable[[], None]:
     state = generator.get_state()
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream(device)
-    # Restores the stream, which a failed capture does not.
+    # A context that restores the current stream at its end, which a failed capture does not.
     current = torch.cuda.stream(torch.cuda.current_stream(device))
     try:
         # Compared as versions. A later torch registers a generator on its first use.
