@@ -23,7 +23,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from functools import cache
 from itertools import count
@@ -770,10 +770,6 @@ class M2N2:
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from the state of an M2N2 with equal arguments; scores are recomputed."""
-        for name, own in (("archive", self.archive), ("subset", self.subset)):
-            if state[name].shape != own.shape:
-                theirs = tuple(state[name].shape)
-                raise ValueError(f"the {name} is {tuple(own.shape)}, that of the state {theirs}")
         self.archive.copy_(state["archive"])
         self.subset.copy_(state["subset"])
         self._score_members()
@@ -786,10 +782,7 @@ class M2N2:
 
 
 def captured_step(m2n2: M2N2) -> Callable[[], None]:
-    """The replay of a CUDA graph of a step, a single launch; or the step, if it cannot be captured.
-
-    Capture records a step and runs none.
-    """
+    """The replay of a CUDA graph of a step, one launch; or the step, if it cannot be captured."""
     device, generator = m2n2.archive.device, m2n2._generator
     state = generator.get_state()
     graph = torch.cuda.CUDAGraph()
@@ -814,7 +807,7 @@ def captured_step(m2n2: M2N2) -> Callable[[], None]:
 # --- Files and figure ---
 def write_whole(path: Path, contents: bytes) -> None:
     """Write a file that is whole or as it was before; OSError says what stood in the way."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # no other process writes it
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # a name of this process alone
     try:
         temporary.write_bytes(contents)
         os.replace(temporary, path)
@@ -823,24 +816,24 @@ def write_whole(path: Path, contents: bytes) -> None:
         if error.errno == errno.ENOSPC:
             remedy = "Make room."
         raise OSError(f"{path} could not be written: {error.strerror}. {remedy}") from error
-    finally:  # after Ctrl-C too
-        temporary.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError):  # it is gone, if all went well, or the disk is read-only by now
+            temporary.unlink()
 
 
 def save(m2n2: M2N2, constants: argparse.Namespace, folder: Path) -> None:
     """Write metrics, best model and checkpoint: whatever ends the run now, these are left."""
-    contents = {}
+    states = {"checkpoint.pt": {"constants": vars(constants), "m2n2": m2n2.state_dict()}}
     if m2n2.history:
         metrics = io.StringIO(newline="")
         writer = csv.DictWriter(metrics, m2n2.history[0])
         writer.writeheader()
         writer.writerows(m2n2.history)
         write_whole(folder / "metrics.csv", metrics.getvalue().encode())
-        contents["best_model.pt"] = m2n2.best_model().cpu().state_dict()
-    contents["checkpoint.pt"] = {"constants": vars(constants), "m2n2": m2n2.state_dict()}
-    for name, content in contents.items():
+        states["best_model.pt"] = m2n2.best_model().cpu().state_dict()
+    for name, state in states.items():
         buffer = io.BytesIO()
-        torch.save(content, buffer)
+        torch.save(state, buffer)
         write_whole(folder / name, buffer.getvalue())
 
 
@@ -864,7 +857,7 @@ def plot_evolution(histories: Sequence[list[dict[str, float]]], path: Path) -> N
     for label, share in curves.items():
         values = np.array([[100 * share(row) for row in history] for history in histories])
         mean = values.mean(axis=0)
-        std = values.std(axis=0, ddof=min(1, len(histories) - 1))  # 0 for a single run
+        std = values.std(axis=0, ddof=1) if len(histories) > 1 else 0
         axes.plot(children, mean, label=label)
         axes.fill_between(children, mean - std, mean + std, alpha=0.3, linewidth=0)
     axes.set(xlabel="children evaluated", ylabel="examples (%)", yscale="log")
@@ -878,69 +871,62 @@ def plot_evolution(histories: Sequence[list[dict[str, float]]], path: Path) -> N
 
 
 # --- The constants as flags, and what is accepted ---
-RANGES = {  # type, lowest and highest value
-    "SEED": (int, 0, 10**9),
-    "RUNS": (int, 1, 10**9),
-    "ITERATIONS": (int, 1, 10**9),
-    "TEST_EVERY": (int, 1, 10**9),
-    "CROP_SIZE": (int, 1, 28),
-    "IMAGE_SIZE": (int, 1, 28),
-    "HIDDEN_DIM": (int, 1, 4_000),
-    "ARCHIVE_SIZE": (int, 2, 500),
-    "SUBSET_SIZE": (int, 0, 10**9),
-    "SUBSET_EVERY": (int, 1, 10**9),
-    "TEMPERATURE": (float, 1e-3, 1e3),
-    "ALPHA": (float, 0.0, 3.0),
-    "INIT_STD": (float, 1e-12, 1e30),
-    "MUTATION_STD": (float, 0.0, 1e30),
-    "FINAL_MUTATION_STD": (float, 0.0, 1e30),
-    "PRIOR_STD": (float, 0.0, 1e30),
+RULES = {  # type, then the lowest and the highest number, or the choices
+    ("SEED",): (int, 0, 10**15),
+    ("SUBSET_SIZE",): (int, 0, 10**9),
+    ("RUNS", "ITERATIONS", "TEST_EVERY", "SUBSET_EVERY"): (int, 1, 10**9),
+    ("CROP_SIZE", "IMAGE_SIZE"): (int, 1, 28),
+    ("HIDDEN_DIM",): (int, 1, 4_000),
+    ("ARCHIVE_SIZE",): (int, 2, 500),
+    ("TEMPERATURE",): (float, 1e-3, 1e3),
+    ("ALPHA",): (float, 0.0, 3.0),
+    ("INIT_STD",): (float, 1e-12, 1e30),
+    ("MUTATION_STD", "FINAL_MUTATION_STD", "PRIOR_STD"): (float, 0.0, 1e30),
+    ("DESKEW", "USE_CROSSOVER", "USE_SPLIT_POINT", "USE_ATTRACTION"): (bool, True, False),
+    ("ACCELERATOR",): (str, "cpu", "cuda"),
+    ("DATASET",): (str, "MNIST", "FashionMNIST", "KMNIST"),
+    ("SCORE",): (str, "probability", "correct"),
+    ("RESUME", "OUTPUT_DIR", "DATA_DIR"): (Path,),
 }
-SWITCHES = ("DESKEW", "USE_CROSSOVER", "USE_SPLIT_POINT", "USE_ATTRACTION")
-CHOICES = {
-    "ACCELERATOR": ("cpu", "cuda"),
-    "DATASET": ("MNIST", "FashionMNIST", "KMNIST"),
-    "SCORE": ("probability", "correct"),
-    **dict.fromkeys(SWITCHES, (True, False)),
-}
-FOLDERS = ("RESUME", "OUTPUT_DIR", "DATA_DIR")
+ACCEPTED = {name: rule for names, rule in RULES.items() for name in names}
 try:
-    SOURCE = Path(__file__).read_bytes()  # as it runs: it may be edited before a run copies it
+    SOURCE = Path(__file__).read_bytes()  # now: the file may be edited before a run copies it
 except (NameError, OSError):  # pasted into a notebook, or read from standard input
     SOURCE = b""
 
 
 def accepted(name: str) -> str:
     """What a constant takes, in words."""
-    if name in RANGES:
-        kind, low, high = RANGES[name]
+    kind, *values = ACCEPTED[name]
+    if kind in (int, float):
+        low, high = values
         return f"{'an integer' if kind is int else 'a number'} from {low} to {high}"
-    if name in CHOICES:
-        return " or ".join(map(repr, CHOICES[name]))
-    return "a folder"
+    return " or ".join(map(repr, values)) or "a folder"
 
 
 def check(name: str, value: object) -> int | float | bool | str:
     """The value in the constant's type, 100000 for 1e5; ValueError says in a line what it takes."""
-    if name in RANGES:
-        kind, low, high = RANGES[name]
+    kind, *values = ACCEPTED[name]
+    if kind in (int, float):
+        low, high = values
         if type(value) in (int, float) and low <= value <= high and kind(value) == value:
             return kind(value)
-    elif name in CHOICES:
-        if isinstance(value, str | bool) and value in CHOICES[name]:  # 1 is no True here
-            return value
-    elif isinstance(value, str | Path):
-        return os.path.expanduser(str(value))
+    elif kind is Path:
+        if isinstance(value, str | Path):
+            return os.path.expanduser(str(value))
+    elif type(value) is kind and value in values:
+        return value
     shown = " ".join(repr(value).split())  # an array's has several lines
     raise ValueError(f"{name} is {shown}, accepted is {accepted(name)}")
 
 
 def from_text(name: str, text: str) -> object:
-    """What a flag's text means; the text itself, for `check` to refuse, where it means nothing."""
-    if name in SWITCHES:
+    """The value that a flag's text means; the text as it is, which `check` refuses, if none."""
+    kind = ACCEPTED[name][0]
+    if kind is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
     try:
-        return float(text) if name in RANGES else text
+        return float(text) if kind in (int, float) else text
     except ValueError:
         return text
 
@@ -956,8 +942,8 @@ def parse_constants(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
     )
     # The help for a flag is the comment beside its constant.
     comments = dict(re.findall(r"^([A-Z_]+)\b.*# *(.*)", SOURCE.decode(errors="replace"), re.M))
-    names = (*RANGES, *CHOICES, *FOLDERS)
-    constants = {name: value for name, value in globals().items() if name in names}
+    # In the order of the file.
+    constants = {name: value for name, value in globals().items() if name in ACCEPTED}
     for name, default in constants.items():
         meaning = f"{comments.get(name, '')} [{accepted(name)}] (default: {default!r})"
         flag = "--" + name.lower().replace("_", "-")
@@ -966,7 +952,6 @@ def parse_constants(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
     try:
         flags = {name: check(name, from_text(name, text)) for name, text in texts.items()}
         constants = {name: check(name, value) for name, value in constants.items()} | flags
-        check("SEED", constants["SEED"] + constants["RUNS"] - 1)  # the last run's
         sigma = max(constants["MUTATION_STD"], constants["FINAL_MUTATION_STD"])
         if 0 < constants["PRIOR_STD"] <= sigma and not constants["RESUME"]:
             raise ValueError(f"PRIOR_STD is {constants['PRIOR_STD']}, accepted is 0 or above σ")
@@ -996,7 +981,7 @@ def resume(constants: argparse.Namespace, flags: dict) -> tuple[argparse.Namespa
 
 # --- A run ---
 def launch(accelerator: str) -> Fabric:
-    """The device and, under torchrun, the processes; one of SLURM or MPI is a run of its own."""
+    """The device and torchrun's processes; without torchrun each process is a run of its own."""
     environment, devices, nodes = LightningEnvironment(), 1, 1
     if dist.is_torchelastic_launched():
         environment = TorchElasticEnvironment()
@@ -1005,8 +990,8 @@ def launch(accelerator: str) -> Fabric:
     found = torch.cuda.device_count()
     if accelerator == "cuda" and found < devices:
         sys.exit(
-            f"Error: ACCELERATOR is 'cuda', of which there are {found} for {devices} process(es). "
-            "Set it to 'cpu'; a run made on CUDA cannot go on without, but has its best model."
+            f"Error: ACCELERATOR is 'cuda', and {devices} process(es) find {found} GPU(s). Start a "
+            "new run on fewer or on 'cpu'; a run to RESUME cannot change, but has its best model."
         )
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, plugins=environment)
     fabric.launch()
@@ -1014,7 +999,7 @@ def launch(accelerator: str) -> Fabric:
 
 
 def new_folder(output_dir: str) -> Path:
-    """A new version_N with a copy of this script; making it claims it, as only one run can."""
+    """A new folder version_N; making it claims it, as only one run can."""
     parent = Path(output_dir, "m2n2_mnist")
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -1022,14 +1007,11 @@ def new_folder(output_dir: str) -> Path:
             folder = parent / f"version_{number}"
             try:
                 folder.mkdir()
-                break
+                return folder
             except FileExistsError:
                 continue
     except OSError as error:
         raise OSError(f"{error}. Choose another OUTPUT_DIR.") from error
-    if SOURCE:
-        write_whole(folder / "m2n2_mnist.py", SOURCE)
-    return folder
 
 
 def m2n2_of(constants: argparse.Namespace, examples: Sequence[Tensor]) -> M2N2:
@@ -1064,14 +1046,15 @@ def run(
     if state:
         try:
             m2n2.load_state_dict(state)
-        except (KeyError, ValueError) as error:
+        except (KeyError, RuntimeError) as error:
             sys.exit(f"Error: {folder} is of another model ({error}): RESUME with its own script.")
+    elif fabric.is_global_zero:
+        folder = new_folder(constants.OUTPUT_DIR)
+        if SOURCE:
+            write_whole(folder / "m2n2_mnist.py", SOURCE)
     if fabric.is_global_zero:
-        if not state:
-            folder = new_folder(constants.OUTPUT_DIR)
         write_whole(folder / "constants.json", json.dumps(vars(constants), indent=2).encode())
         save(m2n2, constants, folder)
-    folder = fabric.broadcast(folder)
 
     def after_row(row: dict[str, float]) -> None:
         try:
@@ -1085,8 +1068,7 @@ def run(
     try:
         m2n2.evolve(constants.ITERATIONS - m2n2.iteration, constants.TEST_EVERY, after_row)
     except KeyboardInterrupt:
-        how = "To go on from the last checkpoint, give no flag but --resume"
-        fabric.print("Interrupted.", how, folder)
+        fabric.print(f"Interrupted. To go on from the last row, give no flag but --resume {folder}")
         sys.exit(130)  # as after any Ctrl-C
     ensemble = m2n2.test_accuracy(m2n2.archive)
     fabric.print(f"Test accuracy of the archive as an ensemble: {ensemble:.2%}")

@@ -411,7 +411,7 @@ def main() -> None:
     changed = dict(pair.split("=") for pair in arguments.set)
     for name, text in changed.items():
         value = script.from_text(name.upper(), text)
-        known = name.upper() in (*script.RANGES, *script.CHOICES)
+        known = name.upper() in script.ACCEPTED
         changed[name] = script.check(name.upper(), value) if known else ast.literal_eval(text)
     subset = {name: value for name, value in changed.items() if name.startswith("subset_")}
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
