@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import SCRIPT, as_module, one_line, small, write_mnist
 
 import m2n2_mnist as script
@@ -51,7 +50,8 @@ def mine():
 if os.name:
     SEED = mine()
 SEED += 4
-RUNS = int(os.environ["MINE"])
+RUNS: int = int(os.environ["MINE"])  # mine
+ALPHA, DATA_DIR = 1, Path("my", "data"); ITERATIONS = 1e1
 USE_ATTRACTION = ALPHA > 3
 OUTPUT_DIR = f"runs-{SEED}"
 MINE = [1, None]
@@ -63,26 +63,13 @@ ALPHA\t=\t0.5;  # 50 % of it, %s, %(prog)s, 100%
 RUNS = 2  #
 """
 EDITS = {  # the code, and the values that it stands for
-    "odd comments": (ODD_COMMENTS, {"SEED": 7, "ALPHA": 0.5, "RUNS": 2}),
-    "several lines": (
-        "SEED = (\n    3  # three\n    + 4\n)  # seven\nRUNS = \\\n    2",
-        {"SEED": 7, "RUNS": 2},
-    ),
-    "annotated": ("SEED: int = 7\nSCORE: str = 'correct'  # mine", {"SEED": 7, "SCORE": "correct"}),
-    "several in a line": (
-        "SEED, ALPHA = 7, 0.5; RUNS = TEST_EVERY = 2  # four",
-        {"SEED": 7, "ALPHA": 0.5, "RUNS": 2, "TEST_EVERY": 2},
-    ),
     "computed": (
         COMPUTED,
-        {"SEED": 7, "RUNS": 2, "USE_ATTRACTION": False, "OUTPUT_DIR": "runs-7"},
+        {"SEED": 7, "RUNS": 2, "ALPHA": 1.0, "ITERATIONS": 10}
+        | {"DATA_DIR": "my/data", "USE_ATTRACTION": False, "OUTPUT_DIR": "runs-7"},
     ),
-    "other forms": (
-        "ITERATIONS = 1e1\nSEED = 0xF_F\nALPHA = 1\nDATA_DIR = Path('my', 'data')",
-        {"ITERATIONS": 10, "SEED": 255, "ALPHA": 1.0, "DATA_DIR": "my/data"},
-    ),
+    "odd comments": (ODD_COMMENTS, {"SEED": 7, "ALPHA": 0.5, "RUNS": 2}),
     "no comments": (re.sub(" *#.*", "", "\n".join(LINES.values())), DEFAULTS),
-    "another order": ("\n".join(reversed(LINES.values())), DEFAULTS),
 }
 
 
@@ -146,13 +133,10 @@ def test_every_constant_reaches_what_it_is_for(
 
 
 # --- What is accepted: the one place that decides ---
-NO_NUMBERS = [math.nan, math.inf, -math.inf, True, False, None, [5], (5,), {}, 5j, b"5", int, "5"]
-NO_NUMBERS += [np.int64(5), np.float32(5), np.float64(5), np.bool_(True), torch.tensor(5)]
-NO_NUMBERS += [np.eye(3), "", "five", "nan", "__import__('os').mkdir('hacked')"]
-NO_SWITCHES = [0, 1, 1.0, None, [], [True], np.bool_(True), math.nan, "true", "False", "", "no"]
-NO_CHOICES = [None, True, 0, math.nan, b"MNIST", ["MNIST"], Path("MNIST"), "", "other"]
-NO_CHOICES += ["CPU", "mnist", "Correct", " cpu", "auto"]
-NO_FOLDERS = [None, True, 0, 5, math.nan, b"data", ["data"], {}]
+NO_NUMBERS = [math.nan, math.inf, True, None, [5], 5j, "5", np.int64(5), np.float64(5), np.eye(3)]
+NO_SWITCHES = [0, 1, 1.0, None, [True], np.bool_(True), "true", ""]
+NO_CHOICES = [None, True, 0, b"MNIST", ["MNIST"], Path("MNIST"), "", "mnist", "Correct", "auto"]
+NO_FOLDERS = [None, True, 5, b"data", ["data"]]
 OUTSIDE = dict.fromkeys(("RUNS", "ITERATIONS", "TEST_EVERY"), (0, -1, 2.5, 10**9 + 1))
 OUTSIDE |= {"SUBSET_EVERY": (0, 2.5, 10**9 + 1), "SUBSET_SIZE": (-1, 2.5, 10**9 + 1)}
 OUTSIDE |= dict.fromkeys(("CROP_SIZE", "IMAGE_SIZE"), (0, 29, -7, 2.5))
@@ -190,10 +174,8 @@ def test_a_refusal_says_what_is_accepted() -> None:
 
 TAKEN = [  # the constant, the value it stands for, its other forms in the file, as a flag's text
     ("SEED", 7, [7.0], ["7", " 7 ", "7.0", "+7"]),
-    ("SEED", 10**9, [1e9], ["1e9"]),
     ("ITERATIONS", 1000, [1e3], ["1e3", "1_000"]),
     ("ALPHA", 1.0, [1], ["1", "1.", "1e0"]),
-    ("PRIOR_STD", 0.0, [0], ["0"]),
     ("USE_CROSSOVER", False, [], ["False", "false", "FALSE"]),
     ("USE_CROSSOVER", True, [], ["True", "true"]),
     ("SCORE", "correct", [], ["correct"]),
@@ -210,23 +192,23 @@ def test_taken(name: str, expected: object, values: list[object], texts: list[st
         assert found == expected and type(found) is type(expected), value
 
 
-@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "2.5", "", " ", "-", "0x7", "[7]"])
-def test_texts_that_are_no_seed(text: str, main: Callable) -> None:
-    code, out, error = main(f"--seed={text}")
-    assert code == 2 and not out and one_line(error, "Error: SEED is ", ", accepted is ")
+FLAGS_REFUSED = {
+    "--seed=nan": "SEED is nan",
+    "--seed=1e999": "SEED is inf",
+    "--seed=2.5": "SEED is 2.5",
+    "--seed=": "SEED is ''",
+    "--seed=0x7": "SEED is '0x7'",
+    "--seed=1e9 --runs=2": "SEED is 1000000001",  # the last run's
+    "--mutation-std=0.2": "PRIOR_STD is 0.2",
+    "--final-mutation-std=0.5 --prior-std=0.4": "PRIOR_STD is 0.4",
+}
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--seed=1e9 --runs=2", "SEED is 1000000001"),  # the last run's
-        ("--mutation-std=0.2", "PRIOR_STD is 0.2"),
-        ("--final-mutation-std=0.5 --prior-std=0.4", "PRIOR_STD is 0.4"),
-    ],
-)
-def test_what_is_accepted_only_alone(flags: str, words: str, main: Callable) -> None:
+@pytest.mark.parametrize("flags", FLAGS_REFUSED)
+def test_flags_refused(flags: str, main: Callable) -> None:
     code, out, error = main(*flags.split())
-    assert code == 2 and not out and one_line(error, f"Error: {words}, accepted is ")
+    words = f"Error: {FLAGS_REFUSED[flags]}, accepted is "
+    assert code == 2 and not out and one_line(error, words)
 
 
 # --- Flags and --help ---
@@ -242,7 +224,7 @@ def test_flags() -> None:
         assert given == expected and vars(constants) == DEFAULTS | {"RUNS": 6} | expected
 
 
-@pytest.mark.parametrize("flag", ["--iteration=5", "--ITERATIONS=5", "iterations=5"])
+@pytest.mark.parametrize("flag", ["--iteration=5", "iterations=5"])
 def test_unknown_flag(flag: str, main: Callable) -> None:
     code, out, error = main(flag)
     assert code == 2 and not out and flag in error and not os.listdir()
