@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import all_models, all_scores, make_m2n2
@@ -40,10 +39,7 @@ class Keeps(MLP):
 
 
 class Tied(nn.Module):
-    """Three layers, of which two share one weight: 3 · 12 + 12 · 12 + 3 · 12 parameters and biases.
-
-    Or three of their own.
-    """
+    """Three layers, of which two share one weight, or have their own."""
 
     def __init__(self, tied: bool = True) -> None:
         super().__init__()
@@ -202,9 +198,9 @@ def test_another_default_dtype_changes_no_bit(
         settings = {"init_std": 0.3, "mutation_std": 0.1, "subset_size": 100, "subset_every": 9}
         m2n2 = M2N2(MLP(64, 8), *data.examples, **settings)
         m2n2.evolve(40, test_every=20)
-        ends.append((m2n2, data))
-    (one, data), (two, other) = ends
-    assert all(map(torch.equal, data.examples, other.examples))
+        ends.append((m2n2, data.examples))
+    (one, examples), (two, other) = ends
+    assert all(map(torch.equal, examples, other))
     assert torch.equal(one.archive, two.archive) and torch.equal(one.scores, two.scores)
     assert one.history == two.history and one.history[-1]["train_acc"] > 0.1
     assert get_params(two.best_model()).dtype == torch.float32
@@ -269,31 +265,35 @@ def test_the_best_model_can_be_fine_tuned(name: str) -> None:
     nn.functional.cross_entropy(best(images), labels).backward()
     torch.optim.SGD(best.parameters(), lr=0.1).step()
     assert all(parameter.grad is not None for parameter in best.parameters())
-    assert torch.equal(m2n2.archive, before) and not torch.equal(get_params(best), m2n2.best)
-    assert torch.equal(get_params(m2n2.best_model()), m2n2.best)
     tuned = get_params(best)
+    assert torch.equal(m2n2.archive, before) and not torch.equal(tuned, m2n2.best)
     m2n2.evolve(20)
     assert torch.equal(get_params(best), tuned)
     merged = of_model(m2n2.best_model(), initial_models=[best, m2n2.best_model()])
     assert tuned.tolist() in merged.archive[:2].tolist()
 
 
-def with_buffers(running_mean: float) -> nn.Module:
+def with_buffers(running_mean: float = 0.5) -> nn.Module:
     model = flat(nn.Linear(12, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
     model[2].running_mean.fill_(running_mean)
     return model
 
 
+def older(model: nn.Module) -> dict[str, Tensor]:
+    """A state_dict from before BatchNorm counted its batches."""
+    state = dict(model.state_dict())
+    del state["2.num_batches_tracked"]
+    return state
+
+
+MLPS = LEARN["MLP"]
 TAKEN = {  # how models are made, and what of them is given
-    "modules": (LEARN["MLP"], lambda model: model),
-    "state_dicts": (LEARN["MLP"], nn.Module.state_dict),
-    "in another order": (LEARN["MLP"], lambda model: dict(reversed(model.state_dict().items()))),
+    "modules": (MLPS, lambda model: model),
+    "state_dicts": (MLPS, nn.Module.state_dict),
+    "in another order": (MLPS, lambda model: dict(reversed(model.state_dict().items()))),
     "of another precision": (LEARN["float64"], lambda model: model),
-    "of equal buffers": (lambda: with_buffers(0.5), lambda model: model),
-    "older than BatchNorm's count": (
-        lambda: with_buffers(0.5),
-        lambda model: {k: v for k, v in model.state_dict().items() if "num_batches" not in k},
-    ),
+    "of equal buffers": (with_buffers, lambda model: model),
+    "older": (with_buffers, older),
     "tied": (Tied, nn.Module.state_dict),
 }
 
@@ -313,9 +313,8 @@ def test_initial_models_answer_as_before(how: str) -> None:
 # --- Refusals ---
 def tensors() -> dict[str, Tensor]:
     images, labels = torch.randn(40, 6), torch.arange(40) % 10
-    names = ("train_images", "train_labels", "test_images", "test_labels")
-    given = (images, labels, images[:20], labels[:20])
-    return {name: tensor.clone() for name, tensor in zip(names, given, strict=True)}
+    given = {"train_images": images, "train_labels": labels}
+    return given | {"test_images": images[:20].clone(), "test_labels": labels[:20].clone()}
 
 
 WRONG = {  # what becomes of the images or labels, and what the message says of it
@@ -374,10 +373,6 @@ ODD = {  # what `of_model` is given, and what the message says of it
     "in-place ReLU": (flat(nn.ReLU(inplace=True), nn.Linear(12, 3)), "changes its input"),
     "no value, yet": (changes(lambda x: x.clamp_(-9, 9)), "changes its input"),
     "subtracts from x.data": (changes(lambda x: x.data.sub_(1)), "changes its input"),
-    "subtracts by NumPy": (
-        changes(lambda x: torch.as_tensor(np.subtract(x, 1, out=x.numpy()))),
-        "changes its input",
-    ),
 }
 
 
@@ -388,28 +383,27 @@ def test_an_odd_model(name: str) -> None:
         of_model(model)
 
 
+def unbiased(inputs: int = 12, outputs: int = 3) -> nn.Module:
+    return flat(nn.Linear(inputs, outputs, bias=False))
+
+
 def changed(model: nn.Module, name: str, value: float) -> nn.Module:
     model.state_dict()[name].view(-1)[0] = value
     return model
 
 
-MLPS, LINEAR = LEARN["MLP"], lambda: flat(nn.Linear(12, 3, bias=False))
-MISFIT = r"does not fit model: Error.*[\s\S]*"
+MISFIT, NOT_FINITE = r"does not fit model: Error.*[\s\S]*", "has .* not finite"
 ODD_FIRST = {  # how `model` and a second model to be merged are made, and what the message says
     "a path": (MLPS, lambda: Path("best.pt"), "does not fit model: .*Path"),
     "another size": (MLPS, lambda: MLP(12, 4, 3), f"{MISFIT}hidden.weight"),
     "other names": (MLPS, Tied, f"{MISFIT}hidden.weight"),
-    "other shapes": (LINEAR, lambda: flat(nn.Linear(3, 12, bias=False)), f"{MISFIT}1.weight"),
-    "one more": (LINEAR, lambda: flat(nn.Linear(12, 3)), f"{MISFIT}1.bias"),
-    "NaN": (MLPS, lambda: changed(MLPS(), "output.bias", torch.nan), "has .* not finite"),
-    "infinite": (MLPS, lambda: changed(MLPS(), "hidden.bias", -torch.inf), "has .* not finite"),
-    "too large": (
-        MLPS,
-        lambda: changed(MLPS().double(), "output.bias", 1e300),
-        "has .* not finite",
-    ),
+    "other shapes": (unbiased, lambda: unbiased(3, 12), f"{MISFIT}1.weight"),
+    "one more": (unbiased, lambda: flat(nn.Linear(12, 3)), f"{MISFIT}1.bias"),
+    "NaN": (MLPS, lambda: changed(MLPS(), "output.bias", torch.nan), NOT_FINITE),
+    "infinite": (MLPS, lambda: changed(MLPS(), "hidden.bias", -torch.inf), NOT_FINITE),
+    "too large": (MLPS, lambda: changed(MLPS().double(), "output.bias", 1e300), NOT_FINITE),
     "BatchNorm": (
-        lambda: with_buffers(0.5),
+        with_buffers,
         lambda: with_buffers(0.6),
         "has another .*2.running_mean than model",
     ),
