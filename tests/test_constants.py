@@ -3,7 +3,6 @@
 import math
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,7 @@ def flag_of(name: str) -> str:
     return f"--{name.lower().replace('_', '-')}"
 
 
-def test_the_defaults_are_those_of_the_readmes_figures() -> None:
+def test_the_defaults_are_those_of_the_readmes_figures():
     """Whoever means to change one here has the README's figures to measure anew."""
     measured = {"SEED": 42, "RUNS": 1, "ITERATIONS": 100_000, "TEST_EVERY": 1_000}
     measured |= {"DATASET": "MNIST", "DESKEW": True, "CROP_SIZE": 20, "IMAGE_SIZE": 8}
@@ -75,9 +74,7 @@ EDITS = {  # the code, and the values that it stands for
 
 @pytest.mark.parametrize("windows", [False, True])
 @pytest.mark.parametrize("edit", EDITS)
-def test_any_edit_that_is_python(
-    edit: str, windows: bool, main: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_edit_that_is_python(edit, windows, main, monkeypatch):
     """The constants take the value, in their own plain type; --help goes on explaining them all."""
     monkeypatch.setenv("MINE", "2")
     code, expected = EDITS[edit]
@@ -107,9 +104,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_every_constant_reaches_what_it_is_for(
-    switch: str, main: Callable, ran: list[tuple], tmp_path: Path
-) -> None:
+def test_every_constant_reaches_what_it_is_for(switch, main, ran, tmp_path):
     """M2N2 or the data's module, under its own name; each switch is one of its own."""
     write_mnist(tmp_path / "images", dataset="KMNIST")
     values = {"archive_size": 3, "subset_size": 90, "subset_every": 7, "seed": 5}
@@ -149,7 +144,7 @@ REFUSED |= dict.fromkeys(SWITCHES, NO_SWITCHES) | dict.fromkeys(FOLDERS, NO_FOLD
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_refused(name: str, main: Callable) -> None:
+def test_refused(name, main):
     """In one line that names the constant, the value and what is accepted; no text is run."""
     for value in (*REFUSED[name], *OUTSIDE.get(name, ())):
         with pytest.raises(ValueError) as refusal:
@@ -164,7 +159,7 @@ def test_refused(name: str, main: Callable) -> None:
     assert os.listdir() == ["edited.py"]
 
 
-def test_a_refusal_says_what_is_accepted() -> None:
+def test_a_refusal_says_what_is_accepted():
     words = {"ARCHIVE_SIZE": "an integer from 2 to 500", "ALPHA": "a number from 0.0 to 3.0"}
     words |= {"SCORE": "'probability' or 'correct'", "USE_ATTRACTION": "True or False"}
     for name, accepted in (words | {"DATA_DIR": "a folder"}).items():
@@ -186,7 +181,7 @@ TAKEN = [  # the constant, the value it stands for, its other forms in the file,
 
 
 @pytest.mark.parametrize(("name", "expected", "values", "texts"), TAKEN)
-def test_taken(name: str, expected: object, values: list[object], texts: list[str]) -> None:
+def test_taken(name, expected, values, texts):
     for value in [expected, *values, *(from_text(name, text) for text in texts)]:
         found = check(name, value)
         assert found == expected and type(found) is type(expected), value
@@ -205,14 +200,14 @@ FLAGS_REFUSED = {
 
 
 @pytest.mark.parametrize("flags", FLAGS_REFUSED)
-def test_flags_refused(flags: str, main: Callable) -> None:
+def test_flags_refused(flags, main):
     code, out, error = main(*flags.split())
     words = f"Error: {FLAGS_REFUSED[flags]}, accepted is "
     assert code == 2 and not out and one_line(error, words)
 
 
 # --- Flags and --help ---
-def test_flags() -> None:
+def test_flags():
     """Joined by = or apart; they go before an edited constant."""
     texts = {"ITERATIONS": "1e2", "ALPHA": " .5 ", "DESKEW": "FALSE", "SCORE": "correct"}
     expected = {"ITERATIONS": 100, "ALPHA": 0.5, "DESKEW": False, "SCORE": "correct"}
@@ -225,13 +220,13 @@ def test_flags() -> None:
 
 
 @pytest.mark.parametrize("flag", ["--iteration=5", "iterations=5"])
-def test_unknown_flag(flag: str, main: Callable) -> None:
+def test_unknown_flag(flag, main):
     code, out, error = main(flag)
     assert code == 2 and not out and flag in error and not os.listdir()
 
 
 @pytest.mark.parametrize("as_text", [False, True])
-def test_main_called_by_hand(as_text: bool, ran: list[tuple], tmp_path: Path) -> None:
+def test_main_called_by_hand(as_text, ran, tmp_path):
     """With numbers, switches and paths in the list, or in one string."""
     folder = write_mnist(tmp_path / "data")
     argv = ["--data-dir", folder, "--seed", 7, "--alpha", 0.5, "--deskew", False]
@@ -244,7 +239,7 @@ def test_main_called_by_hand(as_text: bool, ran: list[tuple], tmp_path: Path) ->
     assert vars(constants) == DEFAULTS | expected | {"ACCELERATOR": "cpu"}
 
 
-def test_help_explains_every_constant(main: Callable) -> None:
+def test_help_explains_every_constant(main):
     """By its comment, what it accepts and its default."""
     code, out, error = main("--help")
     text = " ".join(out.split())

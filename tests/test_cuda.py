@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
@@ -71,7 +70,7 @@ def fake_cuda(m2n2: M2N2) -> Iterator[None]:
 
 @every_score
 @every_setting
-def test_an_iteration_never_waits_for_the_host(score: str, switches: dict[str, bool]) -> None:
+def test_an_iteration_never_waits_for_the_host(score, switches):
     """Nor does it depend on values or replace a tensor of the state.
 
     A CUDA graph must do neither. Nor are they replaced where a new subset is filled in.
@@ -100,7 +99,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_the_check_itself_fails_where_it_should(fault: Callable, mode: Callable) -> None:
+def test_the_check_itself_fails_where_it_should(fault, mode):
     m2n2 = make_m2n2()
     with fake_cuda(m2n2), mode(), pytest.raises((AssertionError, RuntimeError)):
         fault(m2n2.scores)
@@ -148,9 +147,7 @@ def no_synchronization() -> Iterator[None]:
 @needs_cuda
 @every_score
 @every_setting
-def test_replays_compute_the_same_bits(
-    score: str, switches: dict[str, bool], captures: list[bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replays_compute_the_same_bits(score, switches, captures, monkeypatch):
     """On the last GPU, which need not be the current one."""
     last = f"cuda:{torch.cuda.device_count() - 1}"
     graph, steps = (make_cuda(device=last, score=score, **switches) for _ in range(2))
@@ -165,9 +162,7 @@ def test_replays_compute_the_same_bits(
 
 
 @needs_cuda
-def test_an_evolution_is_captured_once_and_without_a_word(
-    captures: list[bool], capfd: pytest.CaptureFixture
-) -> None:
+def test_an_evolution_is_captured_once_and_without_a_word(captures, capfd):
     m2n2 = make_cuda()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -182,7 +177,7 @@ def test_an_evolution_is_captured_once_and_without_a_word(
 @needs_cuda
 @every_score
 @every_setting
-def test_no_synchronization(score: str, switches: dict[str, bool]) -> None:
+def test_no_synchronization(score, switches):
     m2n2 = make_cuda(score=score, **switches)
     with pytest.raises(RuntimeError), no_synchronization():  # the check itself works
         m2n2.scores.sum().item()
@@ -197,7 +192,7 @@ def test_no_synchronization(score: str, switches: dict[str, bool]) -> None:
 
 @needs_cuda
 @pytest.mark.parametrize("children", [2, 3, 40])  # before, at and long after the capture
-def test_a_checkpoint_or_a_copy_between_replays_goes_on_to_the_same_bits(children: int) -> None:
+def test_a_checkpoint_or_a_copy_between_replays_goes_on_to_the_same_bits(children):
     whole, halves, resumed = (make_cuda(schedule=100) for _ in range(3))
     whole.evolve(100, test_every=25)
     halves.evolve(children)
@@ -211,7 +206,7 @@ def test_a_checkpoint_or_a_copy_between_replays_goes_on_to_the_same_bits(childre
 
 
 @needs_cuda
-def test_memory_does_not_grow_with_replays_and_goes_with_the_evolution() -> None:
+def test_memory_does_not_grow_with_replays_and_goes_with_the_evolution():
     m2n2, held = make_cuda(), []
     for _ in range(4):
         m2n2.evolve(10)
@@ -226,7 +221,7 @@ def test_memory_does_not_grow_with_replays_and_goes_with_the_evolution() -> None
 
 @needs_cuda
 @pytest.mark.parametrize("archive_size", [2, 4, 9, 20])
-def test_of_equals_the_first_member_goes(archive_size: int) -> None:
+def test_of_equals_the_first_member_goes(archive_size):
     m2n2 = make_cuda(archive_size=archive_size)
     all_models(m2n2)[:] = torch.arange(archive_size + 1.0, device="cuda")[:, None]
     all_scores(m2n2)[:] = torch.rand(1_001, device="cuda")
@@ -252,9 +247,7 @@ class Habitual(nn.Linear):
 
 @needs_cuda
 @pytest.mark.parametrize("habit", HABITS.values(), ids=HABITS)
-def test_a_model_that_cannot_be_captured(
-    habit: Callable, captures: list[bool], capfd: pytest.CaptureFixture
-) -> None:
+def test_a_model_that_cannot_be_captured(habit, captures, capfd):
     """It runs step by step to the same archive, says so in a line, and spoils no other capture."""
     plain, model = make_cuda(Habitual(6, 10)), Habitual(6, 10)
     model.habit = habit
@@ -272,7 +265,7 @@ def test_a_model_that_cannot_be_captured(
 
 @needs_cuda
 @pytest.mark.slow
-def test_the_default_run_reaches_the_cpus_accuracy(real_mnist: Path, main: Callable) -> None:
+def test_the_default_run_reaches_the_cpus_accuracy(real_mnist, main):
     code, out, err = main(f"--data-dir={real_mnist}", "--accelerator=cuda", "--runs=3")
     assert code == 0 and "No CUDA graph" not in out, err
     (mean,) = re.findall(r"Mean Test Accuracy of 3 runs: ([\d.]+)", out)

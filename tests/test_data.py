@@ -4,7 +4,7 @@ import gzip
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -94,7 +94,7 @@ def bar(slope: float) -> np.ndarray:
 # --- Tensors and loaders ---
 @pytest.mark.parametrize("deskewed", [False, True])
 @pytest.mark.parametrize("crop, size", [(28, 1), (28, 7), (28, 28), (20, 20), (20, 8), (2, 2)])
-def test_tensors(tmp_path: Path, crop: int, size: int, deskewed: bool) -> None:
+def test_tensors(tmp_path, crop, size, deskewed):
     """Images that lean, by up to 1.8, off their middle; test images have another mean."""
     examples = 40 if deskewed else 5_020  # the loops are slow; more than are averaged at a time
     leaning = np.stack([bar(slope) for slope in np.linspace(-1.8, 1.8, examples)])
@@ -114,7 +114,7 @@ def test_tensors(tmp_path: Path, crop: int, size: int, deskewed: bool) -> None:
         np.testing.assert_allclose(images, (expected - mean) / std, atol=2e-3)
 
 
-def test_a_bar_becomes_upright() -> None:
+def test_a_bar_becomes_upright():
     """Without loss of ink; what is upright, empty or a single row stays."""
     images = np.stack([bar(slope) for slope in (-0.9, -0.3, 0.5, 0, 0, 0)])
     images[4:] = 0
@@ -126,7 +126,7 @@ def test_a_bar_becomes_upright() -> None:
     np.testing.assert_allclose(results[3:], images[3:], atol=1e-4)
 
 
-def test_loaders(data_dir: Path) -> None:
+def test_loaders(data_dir):
     """Each image with its label, in batches; for training once, in another order each time."""
     data = MNISTDataModule(data_dir, batch_size=40)
     data.setup(stage="fit")  # as Lightning's Trainer does
@@ -144,7 +144,7 @@ def test_loaders(data_dir: Path) -> None:
 # --- Data sets and folders ---
 @pytest.mark.usefixtures("no_figure")
 @pytest.mark.parametrize("dataset", ["FashionMNIST", "KMNIST"])
-def test_another_data_set(dataset: str, tmp_path: Path, main: Callable) -> None:
+def test_another_data_set(dataset, tmp_path, main):
     """In folders with strange names."""
     data_dir, output = tmp_path / "größe 数 % {x} 'q'", tmp_path / "läufe 1"
     write_mnist(data_dir, dataset=dataset)
@@ -172,7 +172,7 @@ def read_only(folder: Path, mode: int = 0o444) -> Iterator[None]:
             path.chmod(0o755)
 
 
-def test_a_read_only_folder(data_dir: Path) -> None:
+def test_a_read_only_folder(data_dir):
     with read_only(data_dir):
         assert len(load(data_dir).train_labels) == 300
 
@@ -188,7 +188,7 @@ DAMAGE = {  # what a file is then
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_a_damaged_file(data_dir: Path, how: str) -> None:
+def test_a_damaged_file(data_dir, how):
     for name in NAMES:
         path = data_dir / RAW / name
         content = path.read_bytes()
@@ -199,7 +199,7 @@ def test_a_damaged_file(data_dir: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("split, examples", [("train", 300), ("t10k", 60)])
-def test_what_is_not_mnist(data_dir: Path, split: str, examples: int) -> None:
+def test_what_is_not_mnist(data_dir, split, examples):
     """Images of another size, labels of more classes (EMNIST's), and not one for each image."""
     images, labels = (data_dir / RAW / name for name in NAMES if name.startswith(split))
     for path, array in (
@@ -214,7 +214,7 @@ def test_what_is_not_mnist(data_dir: Path, split: str, examples: int) -> None:
 
 
 @pytest.mark.parametrize("missing", [NAMES, NAMES[2:3]])
-def test_no_network(data_dir: Path, main: Callable, missing: list[str]) -> None:
+def test_no_network(data_dir, main, missing):
     """It says first that it downloads, and leaves what is there as it is."""
     raw = data_dir / RAW
     for name in missing:
@@ -227,9 +227,7 @@ def test_no_network(data_dir: Path, main: Callable, missing: list[str]) -> None:
     assert os.listdir(raw) == before and not os.path.exists("runs")
 
 
-def test_a_mirror_that_does_not_answer(
-    tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mirror_that_does_not_answer(tmp_path, main, monkeypatch):
     """It is given up soon, here sooner; what else uses the network has its own patience again."""
     asked, set_patience = [], socket.setdefaulttimeout
 
@@ -252,7 +250,7 @@ def test_a_mirror_that_does_not_answer(
 
 
 @pytest.mark.parametrize("place", [RAW, Path()])
-def test_other_names_in_a_read_only_folder(place: Path, data_dir: Path, main: Callable) -> None:
+def test_other_names_in_a_read_only_folder(place, data_dir, main):
     """As Kaggle's, which may also lie where no folder MNIST/raw can be made."""
     for name in NAMES:
         path = data_dir / RAW / name
@@ -265,7 +263,7 @@ def test_other_names_in_a_read_only_folder(place: Path, data_dir: Path, main: Ca
     assert code == 1 and says_missing(error, data_dir, found) and "Traceback" not in error
 
 
-def test_files_that_may_not_be_read(data_dir: Path, main: Callable) -> None:
+def test_files_that_may_not_be_read(data_dir, main):
     """They are not damaged, as far as anybody knows."""
     found = ", ".join(os.listdir(data_dir / RAW))
     with read_only(data_dir, mode=0o000):

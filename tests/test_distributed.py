@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ import m2n2_mnist as script
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
 
 
-def test_same_end_as_one_process(tmp_path: Path, main: Callable, spawn: Callable) -> None:
+def test_same_end_as_one_process(tmp_path, main, spawn):
     """Of 301 examples; what the first process's file says holds for both; only one prints.
 
     Not with 0/1 scores: they make ties, which the rounding of another order of sums may decide.
@@ -48,7 +47,7 @@ def test_same_end_as_one_process(tmp_path: Path, main: Callable, spawn: Callable
         assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_process_that_dies_ends_the_run(data_dir: Path, spawn: Callable) -> None:
+def test_a_process_that_dies_ends_the_run(data_dir, spawn):
     process = spawn(*small(data_dir=data_dir, iterations=10**7), launcher=TORCHRUN)
     wait_for_iteration(process, 20)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
@@ -60,7 +59,7 @@ def test_a_process_that_dies_ends_the_run(data_dir: Path, spawn: Callable) -> No
     assert checkpoint(RUN)["m2n2"]["iteration"] >= 20  # whole
 
 
-def test_torchrun_leaves_every_flag_to_the_script() -> None:
+def test_torchrun_leaves_every_flag_to_the_script():
     """It looks at all arguments for its own ones, and for what begins two.
 
     So do the commands that the README and the script show not.

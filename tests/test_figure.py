@@ -29,7 +29,7 @@ def drawn(histories: list[list[dict]], monkeypatch: pytest.MonkeyPatch) -> matpl
     return axes
 
 
-def test_mean_and_deviation_of_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mean_and_deviation_of_the_runs(monkeypatch):
     """The deviation is that of a sample, divided by 2 - 1."""
     first = [a_row(1_000, test_acc=0.7), a_row(2_000, coverage=0.8, diversity=0.05)]
     second = [a_row(1_000, test_acc=0.5), a_row(2_000, train_acc=0.65)]
@@ -49,12 +49,12 @@ def test_mean_and_deviation_of_the_runs(monkeypatch: pytest.MonkeyPatch) -> None
     assert axes.get_yscale() == "log" and "%" in axes.get_ylabel() and axes.get_xlabel()
 
 
-def test_a_single_run_has_no_deviation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_run_has_no_deviation(monkeypatch):
     axes = drawn([[a_row(1_000)]], monkeypatch)
     assert axes.collections[0].get_paths()[0].vertices[:, 1] == pytest.approx(50)
 
 
-def test_what_is_zero_cannot_be_shown_but_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_zero_cannot_be_shown_but_does_no_harm(monkeypatch):
     """Where every example is known, and where the deviation is larger than the mean."""
     first = [a_row(1_000, test_acc=1.0, coverage=1.0, diversity=0.0), a_row(2_000, coverage=1.0)]
     second = [a_row(1_000, test_acc=0.9, coverage=1.0, diversity=0.0), a_row(2_000, coverage=1.0)]

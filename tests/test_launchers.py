@@ -4,7 +4,6 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,9 +26,7 @@ ENVIRONMENTS = {  # what launchers leave behind
 
 @pytest.mark.usefixtures("no_figure")
 @pytest.mark.parametrize("launcher", ENVIRONMENTS)
-def test_an_environment_that_names_a_rank(
-    launcher: str, data_dir: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_environment_that_names_a_rank(launcher, data_dir, main, monkeypatch):
     """One process writes its files and waits for nobody."""
     for variable in ENVIRONMENTS[launcher].split():
         monkeypatch.setenv(*variable.split("="))
@@ -38,7 +35,7 @@ def test_an_environment_that_names_a_rank(
     assert len(rows(RUN)) == 2
 
 
-def test_jobs_started_together_have_folders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_started_together_have_folders_of_their_own(monkeypatch):
     """All of them come to make the first folder, and the one around it, at the same instant."""
     barrier, mkdir, waited = threading.Barrier(3), os.mkdir, set()
 
@@ -57,7 +54,7 @@ def test_jobs_started_together_have_folders_of_their_own(monkeypatch: pytest.Mon
 
 
 # --- Consoles ---
-def test_help_where_a_sign_cannot_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_where_a_sign_cannot_be_shown(monkeypatch):
     """A Windows console's default, in which there is no σ."""
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "cp1252", write_through=True))
@@ -77,7 +74,7 @@ class Bare:
 
 @pytest.mark.usefixtures("no_figure")
 @pytest.mark.parametrize("kind", [Bare, io.StringIO, lambda: None])
-def test_other_streams(kind: Callable, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_streams(kind, data_dir, monkeypatch):
     """Or none, where it was closed; a row that cannot be written needs them too."""
     streams = [kind(), kind()]
     with monkeypatch.context() as patch:
@@ -99,9 +96,7 @@ WITHOUT_A_FILE = {  # what Python then says of the file, and the arguments
 
 @pytest.mark.usefixtures("no_figure")
 @pytest.mark.parametrize("how", WITHOUT_A_FILE)
-def test_the_script_without_a_file(
-    how: str, data_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_script_without_a_file(how, data_dir, monkeypatch):
     """It runs, and is not given a kernel's own arguments; as under -OO."""
     file, argv = WITHOUT_A_FILE[how]
     monkeypatch.setattr(sys, "argv", argv.split())

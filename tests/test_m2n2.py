@@ -81,7 +81,7 @@ def twin(m2n2: M2N2) -> torch.Generator:
 
 # --- Fitness, parents, crossover, mutation, scores, update: an iteration's order ---
 @every_fitness
-def test_fitness(score: str, alpha: float) -> None:
+def test_fitness(score, alpha):
     m2n2 = make_m2n2(score=score, alpha=alpha)
     for seed in range(5):
         all_scores(m2n2).copy_(random_scores(5, score, seed))
@@ -101,9 +101,7 @@ def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> None:
 
 @every_fitness
 @pytest.mark.parametrize("attraction", [True, False])
-def test_parents_are_drawn_by_fitness_and_attraction(
-    score: str, alpha: float, attraction: bool
-) -> None:
+def test_parents_are_drawn_by_fitness_and_attraction(score, alpha, attraction):
     m2n2 = make_m2n2(score=score, alpha=alpha, use_attraction=attraction)
     m2n2.scores.copy_(random_scores(4, score, seed=3))
     m2n2.scores[3] = 0  # never the first parent, never attractive
@@ -119,7 +117,7 @@ def test_parents_are_drawn_by_fitness_and_attraction(
         chi_square(counts[first], second / second.sum())
 
 
-def test_second_parent_is_the_first_where_nobody_does_better() -> None:
+def test_second_parent_is_the_first_where_nobody_does_better():
     m2n2 = make_m2n2()
     m2n2.scores.fill_(0.5)
     parents = [m2n2._select_parents() for _ in range(50)]
@@ -129,7 +127,7 @@ def test_second_parent_is_the_first_where_nobody_does_better() -> None:
 
 @pytest.mark.parametrize("ablation", ["none", "use_split_point", "use_crossover"])
 @pytest.mark.parametrize("seed", range(5))
-def test_crossover(seed: int, ablation: str) -> None:
+def test_crossover(seed, ablation):
     m2n2 = make_m2n2(seed=seed, **({} if ablation == "none" else {ablation: False}))
     m2n2.archive.normal_(generator=torch.Generator().manual_seed(seed))
     draws, split = twin(m2n2), m2n2.archive.shape[1]
@@ -145,7 +143,7 @@ def test_crossover(seed: int, ablation: str) -> None:
 
 @pytest.mark.parametrize("prior", [0.0, 0.22])
 @pytest.mark.parametrize(("given", "pieces"), [(0, (8, 2)), (8, (3, 1, 4, 2))])
-def test_mutation(given: int, pieces: tuple[int, ...], prior: float) -> None:
+def test_mutation(given, pieces, prior):
     """child + σ N(0, 1), or with a prior child · √(1 - (σ / prior)²) + σ N(0, 1).
 
     σ falls by half a cosine over the first `evolve`, or over the schedule, and is constant then.
@@ -169,7 +167,7 @@ def test_mutation(given: int, pieces: tuple[int, ...], prior: float) -> None:
 
 @pytest.mark.parametrize("eval_batch_size", [0, 1, 7, 39, 41])
 @every_score
-def test_scores_are_those_of_the_model(score: str, eval_batch_size: int) -> None:
+def test_scores_are_those_of_the_model(score, eval_batch_size):
     m2n2 = make_m2n2(score=score, temperature=0.5, eval_batch_size=eval_batch_size)
     params = torch.randn(m2n2.archive.shape[1], generator=torch.Generator().manual_seed(0))
     m2n2._evaluate(params)
@@ -179,7 +177,7 @@ def test_scores_are_those_of_the_model(score: str, eval_batch_size: int) -> None
 
 
 @every_score
-def test_a_tie_for_the_highest_logit_is_wrong(score: str) -> None:
+def test_a_tie_for_the_highest_logit_is_wrong(score):
     """Or a model whose logits are all equal would be right everywhere, for scores and accuracy."""
     tied = MLP(6, 5)
     set_params(tied, torch.cat([torch.zeros(85), torch.ones(10)]))
@@ -192,7 +190,7 @@ def test_a_tie_for_the_highest_logit_is_wrong(score: str) -> None:
 
 
 @every_fitness
-def test_archive_update(score: str, alpha: float) -> None:
+def test_archive_update(score, alpha):
     """Of the K + 1 the worst goes, of equals the first."""
     m2n2, gone = make_m2n2(score=score, alpha=alpha), set()
     for seed in range(40):
@@ -211,7 +209,7 @@ def test_archive_update(score: str, alpha: float) -> None:
 
 @pytest.mark.parametrize("archive_size", [2, 4, 9, 20])
 @pytest.mark.parametrize("examples", [40, 1_437])
-def test_of_equals_the_first_member_goes(archive_size: int, examples: int) -> None:
+def test_of_equals_the_first_member_goes(archive_size, examples):
     m2n2 = make_m2n2(examples=examples, archive_size=archive_size)
     all_models(m2n2)[:] = torch.arange(archive_size + 1.0)[:, None]
     all_scores(m2n2)[:] = torch.rand(examples)
@@ -220,12 +218,12 @@ def test_of_equals_the_first_member_goes(archive_size: int, examples: int) -> No
 
 
 # --- The start ---
-def test_the_random_start() -> None:
+def test_the_random_start():
     m2n2 = make_m2n2(hidden=500, init_std=0.25, archive_size=3)
     assert sorted(m2n2.archive.std(dim=1).tolist()) == pytest.approx([0, 0.25, 0.25], rel=0.1)
 
 
-def test_initial_models_take_the_place_of_random_ones() -> None:
+def test_initial_models_take_the_place_of_random_ones():
     models = [MLP(6, 5, 10), MLP(6, 5, 10)]
     for model in models:
         model.output.bias.data.zero_()
@@ -244,7 +242,7 @@ def test_initial_models_take_the_place_of_random_ones() -> None:
 
 # --- Runs ---
 @every_subset
-def test_same_seed_same_bits_in_one_or_in_pieces(subset: dict) -> None:
+def test_same_seed_same_bits_in_one_or_in_pieces(subset):
     one, two, other = (make_m2n2(seed=seed, **subset) for seed in (5, 5, 6))
     pieces = make_m2n2(seed=5, schedule=100, **subset)
     for m2n2 in (one, two, other):
@@ -260,7 +258,7 @@ def test_same_seed_same_bits_in_one_or_in_pieces(subset: dict) -> None:
 
 @pytest.mark.parametrize("iteration", [25, 30, 50])
 @every_subset
-def test_evolve_goes_on_where_it_stopped(subset: dict, iteration: int) -> None:
+def test_evolve_goes_on_where_it_stopped(subset, iteration):
     """From the state of any row, as at the start and in the middle of a subset's period.
 
     The state is a copy, no view of a larger buffer, and leaves another schedule as it is.
@@ -284,7 +282,7 @@ def test_evolve_goes_on_where_it_stopped(subset: dict, iteration: int) -> None:
     assert (resumed.schedule, longer.schedule) == (100, 500)
 
 
-def test_the_state_of_another_evolution_is_refused() -> None:
+def test_the_state_of_another_evolution_is_refused():
     state = make_m2n2().state_dict()
     for settings, says in (
         ({"archive_size": 3}, r"archive is \(3, 95\), that of the state \(4, 95\)"),
@@ -295,7 +293,7 @@ def test_the_state_of_another_evolution_is_refused() -> None:
 
 
 @every_subset
-def test_evolve_fills_the_tensors_of_the_state_and_replaces_none(subset: dict) -> None:
+def test_evolve_fills_the_tensors_of_the_state_and_replaces_none(subset):
     """A CUDA graph goes on with those that it was captured with."""
     m2n2 = make_m2n2(prior_std=0.2, **subset)
     state = m2n2.state_dict()
@@ -314,7 +312,7 @@ def test_evolve_fills_the_tensors_of_the_state_and_replaces_none(subset: dict) -
 # --- What is measured ---
 @pytest.mark.parametrize("iterations", [1, 20])  # with an empty slot, and without
 @every_subset
-def test_a_row_of_history_and_the_best_model(subset: dict, iterations: int) -> None:
+def test_a_row_of_history_and_the_best_model(subset, iterations):
     """Over all training examples; test data steers nothing."""
     m2n2 = make_m2n2(mutation_std=0.3, final_mutation_std=0.3, **subset)  # which keeps them apart
     with pytest.raises(ValueError, match="no best model before the first row"):
@@ -339,7 +337,7 @@ def test_a_row_of_history_and_the_best_model(subset: dict, iterations: int) -> N
     assert row["diversity"] == pytest.approx(disagree / len(pairs) / 40) and disagree > 0
 
 
-def test_acceptance_is_that_of_the_children_since_the_last_row() -> None:
+def test_acceptance_is_that_of_the_children_since_the_last_row():
     m2n2, each, accepted = make_m2n2(schedule=80), make_m2n2(schedule=80), []
     archive = each.archive.clone()
 
@@ -358,7 +356,7 @@ def test_acceptance_is_that_of_the_children_since_the_last_row() -> None:
     assert 0 < sum(accepted) < 80 and len(set(shares)) > 1
 
 
-def test_ensemble_is_the_mean_of_probabilities() -> None:
+def test_ensemble_is_the_mean_of_probabilities():
     m2n2 = make_m2n2(examples=500, temperature=4.0)
     m2n2.archive.normal_(generator=torch.Generator().manual_seed(0))
 
@@ -374,7 +372,7 @@ def test_ensemble_is_the_mean_of_probabilities() -> None:
 # --- Odd values ---
 @every_score
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
-def test_overflow_never_enters(score: str, bad: float) -> None:
+def test_overflow_never_enters(score, bad):
     """Neither empty slots nor a full archive."""
     m2n2 = make_m2n2(score=score)
     signs = torch.randn(m2n2.archive.shape[1], generator=torch.Generator().manual_seed(0)).sign()
@@ -390,7 +388,7 @@ def test_overflow_never_enters(score: str, bad: float) -> None:
 
 
 @every_score
-def test_an_archive_that_stays_empty(score: str) -> None:
+def test_an_archive_that_stays_empty(score):
     """All overflow, the two at the start too: what is measured is 0, not NaN."""
     m2n2 = make_m2n2(score=score, init_std=1e30, mutation_std=1e30, final_mutation_std=1e30)
     m2n2.evolve(100)
@@ -403,7 +401,7 @@ WRONG += [("temperature", 0.0), ("temperature", math.nan), ("alpha", -0.1), ("al
 
 
 @pytest.mark.parametrize(("setting", "value"), WRONG)
-def test_a_setting_that_would_go_wrong_in_silence(setting: str, value: object) -> None:
+def test_a_setting_that_would_go_wrong_in_silence(setting, value):
     with pytest.raises(ValueError, match=f"^{setting} is '?{value}'?, accepted"):
         make_m2n2(**{setting: value})
 
@@ -423,7 +421,7 @@ class InterruptAt(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def test_evolution_goes_on_after_an_interrupt() -> None:
+def test_evolution_goes_on_after_an_interrupt():
     """At whatever operation of a child it comes.
 
     At most one member, between the copies of its scores and of its parameters, is mixed; it is
@@ -446,7 +444,7 @@ def test_evolution_goes_on_after_an_interrupt() -> None:
     assert m2n2.iteration == 10
 
 
-def test_memory_does_not_grow_with_the_iterations() -> None:
+def test_memory_does_not_grow_with_the_iterations():
     m2n2 = make_m2n2(subset_size=15, subset_every=50)
     m2n2.evolve(200, test_every=10_000)
     tracemalloc.start()

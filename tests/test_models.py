@@ -110,7 +110,7 @@ def _same_models() -> None:
 # --- Any model, precision, type ---
 @pytest.mark.parametrize("score", ["correct", "probability"])
 @pytest.mark.parametrize("name", LEARN | ANSWER_ALIKE)
-def test_any_model(name: str, score: str) -> None:
+def test_any_model(name, score):
     """All its parameters evolve, frozen ones too, its buffers stay.
 
     The model, the images and empty slots stay as well.
@@ -139,7 +139,7 @@ def test_any_model(name: str, score: str) -> None:
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("name", LEARN)
-def test_a_vector_is_evaluated_as_the_model_that_has_it(name: str, threads: int) -> None:
+def test_a_vector_is_evaluated_as_the_model_that_has_it(name, threads):
     """Not as the model that was given, nor as what was evaluated before, or beside it."""
     torch.set_num_threads(threads)
     model = LEARN[name]()
@@ -156,7 +156,7 @@ def test_a_vector_is_evaluated_as_the_model_that_has_it(name: str, threads: int)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_images_of_another_precision(dtype: torch.dtype) -> None:
+def test_images_of_another_precision(dtype):
     """They are evaluated in it; archive and scores are float32, near to those of float32 images."""
     m2n2, single = make_m2n2(examples=400, dtype=dtype), make_m2n2(examples=400)
     params = torch.randn(m2n2.archive.shape[1], generator=torch.Generator().manual_seed(0)) / 2
@@ -173,7 +173,7 @@ def test_images_of_another_precision(dtype: torch.dtype) -> None:
     assert get_params(best).dtype == best(m2n2.train_images).dtype == dtype
 
 
-def test_deterministic_algorithms_change_no_bit() -> None:
+def test_deterministic_algorithms_change_no_bit():
     plain, deterministic = (of_model(MLP(12, 5, 3), subset_size=20) for _ in range(2))
     plain.evolve(60)
     torch.use_deterministic_algorithms(True)
@@ -185,9 +185,7 @@ def test_deterministic_algorithms_change_no_bit() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_another_default_dtype_changes_no_bit(
-    dtype: torch.dtype, data_dir: Path, request: pytest.FixtureRequest
-) -> None:
+def test_another_default_dtype_changes_no_bit(dtype, data_dir, request):
     """float32 as documented, from the images to the archive."""
     request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
     ends = []
@@ -206,7 +204,7 @@ def test_another_default_dtype_changes_no_bit(
     assert get_params(two.best_model()).dtype == torch.float32
 
 
-def test_a_runs_data_and_models_are_its_own() -> None:
+def test_a_runs_data_and_models_are_its_own():
     """Tensors or NumPy's arrays: what becomes of them afterwards changes no bit."""
     ends = []
     for kind, change in ((Tensor.clone, False), (Tensor.clone, True), (Tensor.numpy, True)):
@@ -234,7 +232,7 @@ def evolved(m2n2: M2N2) -> M2N2:
     [("MLP", 0, 1), ("MLP", 7, 1), ("LSTM", 7, 1)]
     + [(name, 7, 2) for name in ("tied", "convolutional", "keeps its units")],
 )
-def test_a_copy_goes_on_to_the_originals_bits(name: str, iterations: int, threads: int) -> None:
+def test_a_copy_goes_on_to_the_originals_bits(name, iterations, threads):
     """By deepcopy, pickle or a pool of processes, wherever the original stands.
 
     Which is not touched. With any number of threads, which do not live on in another process.
@@ -257,7 +255,7 @@ def test_a_copy_goes_on_to_the_originals_bits(name: str, iterations: int, thread
 
 
 @pytest.mark.parametrize("name", ["MLP", "LSTM", "tied", "convolutional", "spectral norm"])
-def test_the_best_model_can_be_fine_tuned(name: str) -> None:
+def test_the_best_model_can_be_fine_tuned(name):
     """By gradient, without a trace in the M2N2 it came from; and then be put into another one."""
     (images, labels), m2n2 = learnable(), of_model(LEARN[name]())
     m2n2.evolve(20)
@@ -299,7 +297,7 @@ TAKEN = {  # how models are made, and what of them is given
 
 
 @pytest.mark.parametrize("how", TAKEN)
-def test_initial_models_answer_as_before(how: str) -> None:
+def test_initial_models_answer_as_before(how):
     make, given = TAKEN[how]
     models = [make().eval(), make().eval()]
     m2n2 = of_model(make(), initial_models=[given(model) for model in models])
@@ -332,7 +330,7 @@ WRONG = {  # what becomes of the images or labels, and what the message says of 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("how", WRONG)
-def test_wrong_examples(how: str, split: str) -> None:
+def test_wrong_examples(how, split):
     kind, change, says = WRONG[how]
     given, name = tensors(), f"{split}_{kind}"
     given[name] = change(given[name])
@@ -342,7 +340,7 @@ def test_wrong_examples(how: str, split: str) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_labels_beyond_the_models_classes(split: str) -> None:
+def test_labels_beyond_the_models_classes(split):
     """One of them is enough: an index beyond the logits would be read otherwise."""
     given = tensors()
     given[f"{split}_labels"][3] = 10
@@ -377,7 +375,7 @@ ODD = {  # what `of_model` is given, and what the message says of it
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_an_odd_model(name: str) -> None:
+def test_an_odd_model(name):
     model, says = ODD[name]
     with pytest.raises(ValueError, match=f"^model {says}"):
         of_model(model)
@@ -413,7 +411,7 @@ ODD_FIRST = {  # how `model` and a second model to be merged are made, and what 
 
 
 @pytest.mark.parametrize("name", ODD_FIRST)
-def test_initial_models_that_would_not_be_themselves(name: str) -> None:
+def test_initial_models_that_would_not_be_themselves(name):
     make, second, says = ODD_FIRST[name]
     model = make()
     with pytest.raises(ValueError, match=rf"^initial_models\[1\] {says}"):

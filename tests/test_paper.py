@@ -10,7 +10,7 @@ from settings import digits, train_specialists
 from m2n2_mnist import get_params
 
 
-def test_parameter_orders_are_of_the_same_function() -> None:
+def test_parameter_orders_are_of_the_same_function():
     images, labels, *_ = digits()
     for mlp in train_specialists(images, labels, seed=42):
         by_pixel = MLPByPixel(mlp)
@@ -20,7 +20,7 @@ def test_parameter_orders_are_of_the_same_function() -> None:
         )  # all weights of the first pixel
 
 
-def test_merging_surpasses_both_specialists() -> None:
+def test_merging_surpasses_both_specialists():
     """A grid of SLERPs is at least as good as its ends, M2N2 better."""
     m2n2 = experiment("M2N2", "by input pixel", pretrained=True, seed=42)
     evaluator, (a, b) = Evaluator(m2n2), m2n2.archive[:2].clone()
@@ -32,7 +32,7 @@ def test_merging_surpasses_both_specialists() -> None:
 
 
 @pytest.mark.slow
-def test_experiment_1_of_the_paper() -> None:
+def test_experiment_1_of_the_paper():
     """Five seeds, a quarter of an hour on two cores."""
     methods = ["M2N2", "M2N2 without crossover", "GA"]
     accuracies = show_table("scratch", methods, range(42, 47), PASSES["scratch"])

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from m2n2_mnist import MLP, get_params, set_params, slerp
 
@@ -12,7 +12,7 @@ from m2n2_mnist import MLP, get_params, set_params, slerp
 @pytest.mark.parametrize(
     "inputs, hidden, classes", [(64, 256, 10), (6, 5, 3), (6, 5, 16), (6, 5, 17)]
 )
-def test_the_mlp_is_the_plain_formula(inputs: int, hidden: int, classes: int) -> None:
+def test_the_mlp_is_the_plain_formula(inputs, hidden, classes):
     """Its in-place ReLU and its padded output layer have its logits and gradients."""
     model, images = MLP(inputs, hidden, classes), torch.randn(9, 1, inputs)
     plain = nn.Sequential(
@@ -29,7 +29,7 @@ def test_the_mlp_is_the_plain_formula(inputs: int, hidden: int, classes: int) ->
     assert torch.equal(images, before)
 
 
-def test_params_round_trip_and_order() -> None:
+def test_params_round_trip_and_order():
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
     vector = torch.arange(11.0)
     set_params(model, vector)
@@ -45,7 +45,7 @@ def test_params_round_trip_and_order() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_slerp_properties(seed: int) -> None:
+def test_slerp_properties(seed):
     torch.manual_seed(seed)
     a, b, t = torch.randn(50), torch.randn(50), torch.rand(()).item()
     assert torch.equal(slerp(0, a, b), a) and torch.equal(slerp(1, a, b), b)
@@ -58,7 +58,7 @@ def test_slerp_properties(seed: int) -> None:
 
 
 @pytest.mark.parametrize("t", [0, 0.25, 0.5, 1, torch.tensor([0.1, 0.6, 0.9])])
-def test_slerp_where_the_angle_is_of_no_use(t: float | Tensor) -> None:
+def test_slerp_where_the_angle_is_of_no_use(t):
     a, zero = torch.tensor([1.0, -2.0, 3.0]), torch.zeros(3)
     for first, second in ((a, a), (a, 2 * a), (a, -a), (a, zero), (zero, a), (zero, zero)):
         linear = (1 - t) * first + t * second

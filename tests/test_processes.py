@@ -30,7 +30,7 @@ def evolved(rank: int, processes: int, store: Path, settings: dict) -> dict:
 
 @pytest.mark.parametrize("subset", SUBSETS)
 @pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_are_one(processes: int, subset: str, tmp_path: Path) -> None:
+def test_several_processes_are_one(processes, subset, tmp_path):
     """In what they evolve, choose and measure; each scores a part.
 
     Not with 0/1 scores: they make ties, which the rounding of another order of sums may decide.

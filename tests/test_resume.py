@@ -65,7 +65,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 # --- What ends a run ---
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_and_resumed(kills: int, data_dir: Path, main: Callable, spawn: Callable) -> None:
+def test_killed_and_resumed(kills, data_dir, main, spawn):
     """By SIGKILL, some rows later again; the end is that of a run that was never disturbed."""
     flags = small(data_dir=data_dir, iterations=300 + 150 * kills, test_every=10)
     way_on, reached = flags, 0
@@ -84,7 +84,7 @@ def test_killed_and_resumed(kills: int, data_dir: Path, main: Callable, spawn: C
 
 
 @pytest.mark.parametrize("moment", MOMENTS | AT_THE_END)
-def test_killed_at_a_moment(moment: str, data_dir: Path, main: Callable) -> None:
+def test_killed_at_a_moment(moment, data_dir, main):
     """The last row's checkpoint is all that it needs."""
     moment = (MOMENTS | AT_THE_END)[moment]
     kill(main, small(data_dir=data_dir), moment)
@@ -99,7 +99,7 @@ def test_killed_at_a_moment(moment: str, data_dir: Path, main: Callable) -> None
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_ctrl_c(moment: str, data_dir: Path, main: Callable) -> None:
+def test_ctrl_c(moment, data_dir, main):
     """In the second of three runs, which alone goes on; the flags that it prints do."""
     owner, name, iteration, file, saved = MOMENTS[moment]
     with pytest.MonkeyPatch.context() as patch:
@@ -117,7 +117,7 @@ def test_ctrl_c(moment: str, data_dir: Path, main: Callable) -> None:
     same_end(SECOND, RUN.with_name("version_2"))
 
 
-def test_a_launcher_that_ignores_ctrl_c_is_obeyed(data_dir: Path, spawn: Callable) -> None:
+def test_a_launcher_that_ignores_ctrl_c_is_obeyed(data_dir, spawn):
     """As nohup's or a shell's background process; SIGTERM then ends it at once, files whole."""
     ignored = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)}
     process = spawn(*small(data_dir=data_dir, iterations=10**8), **ignored)
@@ -132,9 +132,7 @@ def test_a_launcher_that_ignores_ctrl_c_is_obeyed(data_dir: Path, spawn: Callabl
 
 # --- How a run goes on ---
 @pytest.mark.parametrize("file", ["metrics.csv", "checkpoint.pt"])
-def test_resumed_twice_at_once(
-    file: str, data_dir: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_twice_at_once(file, data_dir, main, monkeypatch):
     """The second process makes its whole run in the midst of a file of the first."""
     other = []
 
@@ -152,7 +150,7 @@ def test_resumed_twice_at_once(
     same_end(RUN, SECOND)
 
 
-def test_goes_on_as_it_was(data_dir: Path, main: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_goes_on_as_it_was(data_dir, main, monkeypatch):
     """With RESUME in the file, beside another experiment's constants, in another folder."""
     kill(main, small(data_dir=data_dir.name))
     Path("elsewhere").mkdir()
@@ -168,7 +166,7 @@ def test_goes_on_as_it_was(data_dir: Path, main: Callable, monkeypatch: pytest.M
     same_end(RUN, SECOND)
 
 
-def test_a_finished_run_is_extended(data_dir: Path, main: Callable, tmp_path: Path) -> None:
+def test_a_finished_run_is_extended(data_dir, main, tmp_path):
     """Flags may say how far, where the data are, and what is as it was."""
     main(*small(data_dir=data_dir, seed=5))
     before = checkpoint(RUN)["m2n2"]
@@ -198,7 +196,7 @@ def another(name: str, value: object) -> object:
     return low if low < value else low + 1
 
 
-def test_a_flag_that_differs_is_refused(data_dir: Path, main: Callable) -> None:
+def test_a_flag_that_differs_is_refused(data_dir, main):
     """By one line that names it and both values; the folder stays as it is."""
     main(*small(data_dir=data_dir))
     before, constants = contents(Path("runs")), checkpoint(RUN)["constants"]
@@ -212,7 +210,7 @@ def test_a_flag_that_differs_is_refused(data_dir: Path, main: Callable) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_run_made_on_cuda_cannot_go_on_without(data_dir: Path, main: Callable) -> None:
+def test_a_run_made_on_cuda_cannot_go_on_without(data_dir, main):
     """One answer, once, and what can be done."""
     main(*small(data_dir=data_dir))
     state = checkpoint(RUN)
@@ -246,7 +244,7 @@ BAD_STATES = {  # what becomes of its content, and what is said then
 
 
 @pytest.mark.parametrize("how", BAD_FILES | BAD_STATES)
-def test_a_bad_checkpoint(how: str, data_dir: Path, main: Callable) -> None:
+def test_a_bad_checkpoint(how, data_dir, main):
     """One line, and the folder stays as it is."""
     main(*small(data_dir=data_dir))
     path, words = RUN / "checkpoint.pt", NO_WHOLE

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +47,7 @@ def accuracy_of_file(folder: Path, data_dir: Path) -> float:
 ODD = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONWARNINGS": "error"}
 
 
-def test_output_and_files(data_dir: Path, run_script: Callable) -> None:
+def test_output_and_files(data_dir, run_script):
     env = {**os.environ, **ODD, "OMP_NUM_THREADS": "1"}
     run = run_script(*small(data_dir=data_dir, **LEARNS), env=env)
     assert run.returncode == 0, run.stderr
@@ -78,9 +77,7 @@ def test_output_and_files(data_dir: Path, run_script: Callable) -> None:
     assert constants["SEED"] == 42 and len(constants) == len(vars(script.parse_constants([])[0]))
 
 
-def test_each_run_has_its_own_folder_and_seed(
-    data_dir: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_run_has_its_own_folder_and_seed(data_dir, main, monkeypatch):
     """And a figure of the runs so far."""
     drawn = []
     monkeypatch.setattr(
@@ -102,7 +99,7 @@ def test_each_run_has_its_own_folder_and_seed(
     same_end(SECOND, RUN.with_name("version_3"))
 
 
-def test_the_copy_is_of_the_script_as_it_ran(data_dir: Path, main: Callable) -> None:
+def test_the_copy_is_of_the_script_as_it_ran(data_dir, main):
     """Its bytes when it was read, though it is edited before the run's folder is made."""
     text = SCRIPT.read_bytes().replace(b"SEED = 42", b"SEED = 43\r")
     module, path = as_module(text), Path("edited.py")
@@ -113,16 +110,14 @@ def test_the_copy_is_of_the_script_as_it_ran(data_dir: Path, main: Callable) -> 
     assert all((folder / SCRIPT.name).read_bytes() == text for folder in (RUN, SECOND))
 
 
-def test_without_matplotlib(
-    data_dir: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_matplotlib(data_dir, main, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, out, error = main(*small(data_dir=data_dir))
     assert code == 0 and "pip install matplotlib" in out and "Evolution finished." in out, error
     assert set(os.listdir(RUN)) == FILES - {"evolution.png"}
 
 
-def test_real_mnist_learns(real_mnist: Path, main: Callable) -> None:
+def test_real_mnist_learns(real_mnist, main):
     """78 %, 82 and 81 with seeds 43 and 44; 70 without deskewing, 61 without crossover.
 
     50 without competition, 8 without mutation. The default σ is for runs 60 times as long.
@@ -134,7 +129,7 @@ def test_real_mnist_learns(real_mnist: Path, main: Callable) -> None:
 
 
 # --- What stops a run, and what does not ---
-def test_an_output_folder_that_cannot_be_made(data_dir: Path, main: Callable) -> None:
+def test_an_output_folder_that_cannot_be_made(data_dir, main):
     Path("file").touch()
     code, _, error = main(*small(data_dir=data_dir, output_dir="file"))
     assert code == 1 and one_line(error, "file/m2n2_mnist", "OUTPUT_DIR")
@@ -161,9 +156,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, how: str, file: str, iteration: int) 
 @pytest.mark.usefixtures("no_figure")
 @pytest.mark.parametrize("how", REMEDIES)
 @pytest.mark.parametrize("file", ["metrics.csv", "best_model.pt", "checkpoint.pt"])
-def test_a_row_that_cannot_be_written(
-    file: str, how: str, data_dir: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_that_cannot_be_written(file, how, data_dir, main, monkeypatch):
     """It is said once, and the next row makes it good."""
     with monkeypatch.context() as patch:
         spoil(patch, how, file, iteration=40)
@@ -177,9 +170,7 @@ def test_a_row_that_cannot_be_written(
 
 @pytest.mark.usefixtures("no_figure")
 @pytest.mark.parametrize("how", REMEDIES)
-def test_an_end_that_cannot_be_written(
-    how: str, data_dir: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_end_that_cannot_be_written(how, data_dir, main, monkeypatch):
     """One message with what helps; the row before stays whole, and the run can go on from it."""
     with monkeypatch.context() as patch:
         spoil(patch, how, "checkpoint.pt", iteration=60)

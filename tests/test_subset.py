@@ -25,7 +25,7 @@ def reference_half(m2n2: M2N2, subset_size: int) -> set[int]:
 
 @every_score
 @pytest.mark.parametrize("subset_size", [1, 15, 39])
-def test_which_examples_are_chosen(subset_size: int, score: str) -> None:
+def test_which_examples_are_chosen(subset_size, score):
     """Half by the criterion, half from the rest, no example twice, all of them in time.
 
     From two random models in an archive of four on: at first there are empty slots. The first
@@ -48,7 +48,7 @@ def test_which_examples_are_chosen(subset_size: int, score: str) -> None:
     assert len(halves) > (subset_size > 1)  # it follows the members
 
 
-def test_the_rest_is_drawn_evenly() -> None:
+def test_the_rest_is_drawn_evenly():
     m2n2, counts = make_m2n2(subset_size=16, subset_every=1), np.zeros(40)
     half = reference_half(m2n2, 16)
     archive = m2n2.archive.clone()
@@ -62,7 +62,7 @@ def test_the_rest_is_drawn_evenly() -> None:
 
 
 @every_score
-def test_members_are_scored_on_each_new_subset(score: str) -> None:
+def test_members_are_scored_on_each_new_subset(score):
     """As children are, in its order; an empty slot has no score; and it stays for its period."""
     m2n2 = make_m2n2(subset_size=15, subset_every=3, score=score, schedule=30)
     subsets = []
@@ -78,7 +78,7 @@ def test_members_are_scored_on_each_new_subset(score: str) -> None:
 
 
 @pytest.mark.parametrize("subset_size", [0, 40, 41])
-def test_all_examples(subset_size: int) -> None:
+def test_all_examples(subset_size):
     m2n2 = make_m2n2(subset_size=subset_size, subset_every=2)
     m2n2.evolve(5)
     assert m2n2.subset.tolist() == list(range(40)) and m2n2.subset_size == 40
@@ -94,7 +94,7 @@ class Overflows(nn.Linear):
 
 
 @every_score
-def test_an_example_on_which_members_overflow(score: str) -> None:
+def test_an_example_on_which_members_overflow(score):
     """One may be met after they entered: it pays nothing and is no better a choice than others."""
     images, labels = torch.linspace(-1, 1, 240).view(40, 6).sin(), torch.arange(40) % 10
     images[3] = 1
