@@ -145,18 +145,6 @@ def spawn() -> Iterator[Callable[..., subprocess.Popen]]:
             process.communicate()
 
 
-@pytest.fixture
-def run_script(spawn: Callable) -> Callable[..., subprocess.CompletedProcess]:
-    """The script in a process of its own, to its end."""
-
-    def run(*flags: str, **options: object) -> subprocess.CompletedProcess:
-        process = spawn(*flags, **options)
-        output = process.communicate(timeout=300)
-        return subprocess.CompletedProcess(flags, process.returncode, *output)
-
-    return run
-
-
 def as_module(text: bytes) -> ModuleType:
     """An edited copy of the script as a module, of edited.py in the current folder."""
     path = Path("edited.py")

@@ -71,10 +71,7 @@ def fake_cuda(m2n2: M2N2) -> Iterator[None]:
 @every_score
 @every_setting
 def test_an_iteration_never_waits_for_the_host(score, switches):
-    """Nor does it depend on values or replace a tensor of the state.
-
-    A CUDA graph must do neither. Nor are they replaced where a new subset is filled in.
-    """
+    """Nor does it, or a new subset, replace a tensor of the state: a CUDA graph must do neither."""
     m2n2 = make_m2n2(score=score, eval_batch_size=16, subset_size=35, **switches)
     with fake_cuda(m2n2):
         before = dict(vars(m2n2))
@@ -89,9 +86,6 @@ FAULTS = {
     "cpu": lambda x: x.cpu(),
     "mask": lambda x: x[x > 0],
     "assignment by a mask": lambda x: x.__setitem__(x > 0, torch.zeros_like(x)[0, 0]),
-    "equal": lambda x: torch.equal(x, x),
-    "index from the host": lambda x: x[torch.tensor([0])],
-    "scalar from the host": lambda x: x + torch.tensor(1.0),
     "upload": lambda x: x + torch.ones(1).to(x.device),
     "multinomial": lambda x: x.multinomial(1),
 }
@@ -135,20 +129,11 @@ def assert_equal(one: M2N2, two: M2N2) -> None:
     assert torch.equal(one._generator.get_state(), two._generator.get_state())
 
 
-@contextmanager
-def no_synchronization() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @needs_cuda
 @every_score
 @every_setting
 def test_replays_compute_the_same_bits(score, switches, captures, monkeypatch):
-    """On the last GPU, which need not be the current one."""
+    """On the last GPU, which need not be the current one. CUDA captures nothing that waits."""
     last = f"cuda:{torch.cuda.device_count() - 1}"
     graph, steps = (make_cuda(device=last, score=score, **switches) for _ in range(2))
     start = graph.archive.clone()
@@ -172,22 +157,6 @@ def test_an_evolution_is_captured_once_and_without_a_word(captures, capfd):
     out, err = capfd.readouterr()
     assert captures == [True]
     assert not out and "Warning" not in err  # C++ writes its own past Python's filters
-
-
-@needs_cuda
-@every_score
-@every_setting
-def test_no_synchronization(score, switches):
-    m2n2 = make_cuda(score=score, **switches)
-    with pytest.raises(RuntimeError), no_synchronization():  # the check itself works
-        m2n2.scores.sum().item()
-    with no_synchronization():
-        m2n2._step()
-    replay = captured_step(m2n2)
-    assert replay != m2n2._step
-    with no_synchronization():
-        m2n2._sigma.fill_(0.1)
-        replay()
 
 
 @needs_cuda

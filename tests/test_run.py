@@ -47,11 +47,12 @@ def accuracy_of_file(folder: Path, data_dir: Path) -> float:
 ODD = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONWARNINGS": "error"}
 
 
-def test_output_and_files(data_dir, run_script):
+def test_output_and_files(data_dir, spawn):
     env = {**os.environ, **ODD, "OMP_NUM_THREADS": "1"}
-    run = run_script(*small(data_dir=data_dir, **LEARNS), env=env)
-    assert run.returncode == 0, run.stderr
-    lines = run.stdout.splitlines()
+    process = spawn(*small(data_dir=data_dir, **LEARNS), env=env)
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    lines = out.splitlines()
     assert lines[0] == "M2N2 on cpu, 1 process(es); 300 + 60 images of MNIST; seed 42"
     assert re.fullmatch(r"Test accuracy of the archive as an ensemble: \d+\.\d\d%", lines[1])
     assert lines[2:4] == [f"Files: {RUN}", "Evolution finished."]
@@ -59,7 +60,7 @@ def test_output_and_files(data_dir, run_script):
     assert lines[4:] == [f"Final Test Accuracy of the best model: {accuracy}"]
 
     history = checkpoint(RUN)["m2n2"]["history"]
-    bars = [bar for bar in re.split(r"[\r\n]", run.stderr) if bar.strip()]
+    bars = [bar for bar in re.split(r"[\r\n]", error) if bar.strip()]
     assert all(bar.startswith("Evolving Models:") for bar in bars)
     assert "  0%" in bars[0] and "100%" in bars[-1] and "60/60" in bars[-1]
     assert f"best_fitness={history[-1]['best_fitness']:.0f}" in bars[-1]
