@@ -23,6 +23,7 @@ import m2n2_mnist as script  # noqa: E402
 from m2n2_mnist import M2N2, MLP  # noqa: E402
 
 torch.set_num_threads(1)  # the small tensors here gain nothing from more
+os.environ["OMP_NUM_THREADS"] = "1"  # in processes of their own too
 
 RUN = Path("runs/m2n2_mnist/version_0")
 SECOND = RUN.with_name("version_1")
@@ -65,30 +66,18 @@ def real_mnist() -> Path:
     return folder.absolute()
 
 
+SMALL = {"archive_size": 4, "init_std": 0.5, "mutation_std": 0.1, "prior_std": 0.0, "seed": 1}
+
+
 def make_m2n2(
-    examples: int = 40,
-    inputs: int = 6,
-    hidden: int = 5,
-    classes: int = 10,
-    dtype: torch.dtype = torch.float32,
-    **settings: object,
+    examples: int = 40, hidden: int = 5, dtype: torch.dtype = torch.float32, **settings: object
 ) -> M2N2:
-    """An M2N2 on small random data that is learnable."""
+    """An M2N2 on small random data that is learnable: 6 values, of 10 classes."""
     random = torch.Generator().manual_seed(0)
-    images = torch.randn(examples, inputs, generator=random)
-    labels = (images @ torch.randn(inputs, classes, generator=random)).argmax(dim=1)
-    defaults = {"archive_size": 4, "init_std": 0.5, "mutation_std": 0.1, "prior_std": 0.0}
-    settings = defaults | {"seed": 1} | settings
+    images = torch.randn(examples, 6, generator=random)
+    labels = (images @ torch.randn(6, 10, generator=random)).argmax(dim=1)
     images = images.to(dtype)
-    examples = (images, labels, images[::2], labels[::2])
-    return M2N2(MLP(inputs, hidden, classes), *examples, **settings)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """PyTorch's number of threads is 1 again after a test that set another."""
-    yield
-    torch.set_num_threads(1)
+    return M2N2(MLP(6, hidden), images, labels, images[::2], labels[::2], **SMALL | settings)
 
 
 def all_models(m2n2: M2N2) -> torch.Tensor:
@@ -103,8 +92,10 @@ def all_scores(m2n2: M2N2) -> torch.Tensor:
 
 # --- The script as a user runs it ---
 @pytest.fixture(autouse=True)
-def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_folder_and_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
+    yield
+    torch.set_num_threads(1)  # again, where a test set another
 
 
 @pytest.fixture
@@ -127,12 +118,11 @@ def spawn() -> Iterator[Callable[..., subprocess.Popen]]:
     processes = []
 
     def start(
-        *flags: str, launcher: Sequence[str] = (), path: str | Path = SCRIPT, **options: object
+        *flags: str, launcher: Sequence[str] = (), path: Path = SCRIPT, **options: object
     ) -> subprocess.Popen:
-        pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, *launcher, str(path), *flags]
-        processes.append(subprocess.Popen(command, **{"text": True, "env": env} | pipes | options))
+        command = [sys.executable, *launcher, path, *flags]
+        options |= dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+        processes.append(subprocess.Popen(command, text=True, **options))
         return processes[-1]
 
     yield start
@@ -241,10 +231,10 @@ def ctrl_c() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def wait_for_iteration(process: subprocess.Popen, iteration: int, folder: Path = RUN) -> None:
+def wait_for_iteration(process: subprocess.Popen, iteration: int) -> None:
     """Until the checkpoint of at least that iteration is there."""
-    path, end = folder / "checkpoint.pt", time.monotonic() + 300
-    while not path.exists() or checkpoint(folder)["m2n2"]["iteration"] < iteration:
+    path, end = RUN / "checkpoint.pt", time.monotonic() + 300
+    while not path.exists() or checkpoint(RUN)["m2n2"]["iteration"] < iteration:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end  # or the process hangs
         time.sleep(0.01)

@@ -207,18 +207,6 @@ def test_flags_refused(flags, main):
 
 
 # --- Flags and --help ---
-def test_flags():
-    """Joined by = or apart; they go before an edited constant."""
-    texts = {"ITERATIONS": "1e2", "ALPHA": " .5 ", "DESKEW": "FALSE", "SCORE": "correct"}
-    expected = {"ITERATIONS": 100, "ALPHA": 0.5, "DESKEW": False, "SCORE": "correct"}
-    module = as_module(edited("ALPHA = 2; RUNS = 6"))
-    joined = [f"{flag_of(name)}={text}" for name, text in texts.items()]
-    apart = [part for name, text in texts.items() for part in (flag_of(name), text)]
-    for argv in (joined, apart):
-        constants, given = module.parse_constants(argv)
-        assert given == expected and vars(constants) == DEFAULTS | {"RUNS": 6} | expected
-
-
 @pytest.mark.parametrize("flag", ["--iteration=5", "iterations=5"])
 def test_unknown_flag(flag, main):
     code, out, error = main(flag)
@@ -227,7 +215,7 @@ def test_unknown_flag(flag, main):
 
 @pytest.mark.parametrize("as_text", [False, True])
 def test_main_called_by_hand(as_text, ran, tmp_path):
-    """With numbers, switches and paths in the list, or in one string."""
+    """With numbers, switches and paths in the list, or in one string; by = or apart."""
     folder = write_mnist(tmp_path / "data")
     argv = ["--data-dir", folder, "--seed", 7, "--alpha", 0.5, "--deskew", False]
     argv += ["--accelerator", "cpu"]

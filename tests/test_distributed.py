@@ -1,18 +1,14 @@
-"""Real processes under torchrun: against one process, and where one of them dies.
-
-What several processes compute is in test_processes.py.
-"""
+"""Real processes under torchrun; what several compute is in test_processes.py."""
 
 import os
 import re
 import shlex
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.run
-from conftest import ROOT, RUN, SCRIPT, checkpoint, rows, small, wait_for_iteration, write_mnist
+from conftest import ROOT, RUN, SCRIPT, checkpoint, rows, small, write_mnist
 
 import m2n2_mnist as script
 
@@ -47,26 +43,10 @@ def test_same_end_as_one_process(tmp_path, main, spawn):
         assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_process_that_dies_ends_the_run(data_dir, spawn):
-    process = spawn(*small(data_dir=data_dir, iterations=10**7), launcher=TORCHRUN)
-    wait_for_iteration(process, 20)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-    pids = [int(pid) for pid in children.split()]
-    os.kill(pids[-1], signal.SIGKILL)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode != 0 and "SIGKILL" in error
-    assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
-    assert checkpoint(RUN)["m2n2"]["iteration"] >= 20  # whole
-
-
 def test_torchrun_leaves_every_flag_to_the_script():
-    """It looks at all arguments for its own ones, and for what begins two.
-
-    So do the commands that the README and the script show not.
-    """
-    flags = [
-        f"--{name.lower().replace('_', '-')}=1" for name in vars(script.parse_constants([])[0])
-    ]
+    """It looks for its own among all arguments, but not in the commands that are shown to users."""
+    names = vars(script.parse_constants([])[0])
+    flags = [f"--{name.lower().replace('_', '-')}=1" for name in names]
     shown = (ROOT / "README.md").read_text("utf-8") + script.__doc__
     commands = re.findall(r"^ *(torchrun [^#\n]+)", shown, re.M)
     assert len(commands) > 1

@@ -1,7 +1,4 @@
-"""Any model and any data that fits it is taken; what does not fit is refused, nothing in silence.
-
-And copies go on to the same bits.
-"""
+"""Any model and data that fit are taken, others refused; copies go on to the same bits."""
 
 import copy
 import multiprocessing
@@ -111,10 +108,7 @@ def _same_models() -> None:
 @pytest.mark.parametrize("score", ["correct", "probability"])
 @pytest.mark.parametrize("name", LEARN | ANSWER_ALIKE)
 def test_any_model(name, score):
-    """All its parameters evolve, frozen ones too, its buffers stay.
-
-    The model, the images and empty slots stay as well.
-    """
+    """All its parameters evolve, frozen ones too; buffers, model, images and empty slots stay."""
     model, (images, labels) = (LEARN | ANSWER_ALIKE)[name](), learnable()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     params = len(get_params(model))
@@ -186,7 +180,6 @@ def test_deterministic_algorithms_change_no_bit():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_another_default_dtype_changes_no_bit(dtype, data_dir, request):
-    """float32 as documented, from the images to the archive."""
     request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
     ends = []
     for default in (torch.float32, dtype):
@@ -233,10 +226,7 @@ def evolved(m2n2: M2N2) -> M2N2:
     + [(name, 7, 2) for name in ("tied", "convolutional", "keeps its units")],
 )
 def test_a_copy_goes_on_to_the_originals_bits(name, iterations, threads):
-    """By deepcopy, pickle or a pool of processes, wherever the original stands.
-
-    Which is not touched. With any number of threads, which do not live on in another process.
-    """
+    """By deepcopy, pickle or a pool of processes, where threads do not live on."""
     torch.set_num_threads(threads)
     settings = {"schedule": 50, "eval_batch_size": 8, "subset_size": 20, "subset_every": 10}
     m2n2 = of_model(LEARN[name](), **settings)

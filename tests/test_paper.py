@@ -15,9 +15,8 @@ def test_parameter_orders_are_of_the_same_function():
     for mlp in train_specialists(images, labels, seed=42):
         by_pixel = MLPByPixel(mlp)
         torch.testing.assert_close(by_pixel(images), mlp(images), rtol=1e-4, atol=1e-4)
-        assert torch.equal(
-            get_params(by_pixel)[:256], mlp.hidden.weight[:, 0]
-        )  # all weights of the first pixel
+        of_the_first_pixel = mlp.hidden.weight[:, 0]
+        assert torch.equal(get_params(by_pixel)[:256], of_the_first_pixel)
 
 
 def test_merging_surpasses_both_specialists():

@@ -44,17 +44,12 @@ def test_params_round_trip_and_order():
             set_params(model, torch.zeros(length))
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_slerp_properties(seed):
-    torch.manual_seed(seed)
-    a, b, t = torch.randn(50), torch.randn(50), torch.rand(()).item()
-    assert torch.equal(slerp(0, a, b), a) and torch.equal(slerp(1, a, b), b)
-    torch.testing.assert_close(slerp(t, a, b), slerp(1 - t, b, a))
-    a, b = a / a.norm(), b / b.norm()
-    middle = slerp(t, a, b)
-    assert middle.norm().item() == pytest.approx(1, abs=1e-5)
-    omega = math.acos(torch.dot(a, b))
-    assert math.acos(torch.dot(a, middle).clamp(-1, 1)) == pytest.approx(t * omega, abs=1e-3)
+def test_slerp_by_hand():
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    third = torch.tensor([math.cos(math.pi / 6), math.sin(math.pi / 6)])
+    torch.testing.assert_close(slerp(1 / 3, a, b), third)
+    ends = slerp(torch.tensor([0.0, 1.0]), a, 2 * b)  # one t for each parameter
+    torch.testing.assert_close(ends, torch.tensor([1.0, 2.0]))
 
 
 @pytest.mark.parametrize("t", [0, 0.25, 0.5, 1, torch.tensor([0.1, 0.6, 0.9])])

@@ -48,8 +48,7 @@ ODD = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONWARN
 
 
 def test_output_and_files(data_dir, spawn):
-    env = {**os.environ, **ODD, "OMP_NUM_THREADS": "1"}
-    process = spawn(*small(data_dir=data_dir, **LEARNS), env=env)
+    process = spawn(*small(data_dir=data_dir, **LEARNS), env=os.environ | ODD)
     out, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     lines = out.splitlines()

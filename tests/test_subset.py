@@ -28,8 +28,7 @@ def reference_half(m2n2: M2N2, subset_size: int) -> set[int]:
 def test_which_examples_are_chosen(subset_size, score):
     """Half by the criterion, half from the rest, no example twice, all of them in time.
 
-    From two random models in an archive of four on: at first there are empty slots. The first
-    subset, by which more initial models than slots compete, is drawn too: data may be sorted.
+    The first subset is drawn too, as data may be sorted.
     """
     m2n2 = make_m2n2(subset_size=subset_size, subset_every=1, score=score, schedule=40)
     seen, halves = set(), set()
@@ -88,9 +87,8 @@ class Overflows(nn.Linear):
     """Answers infinity to the image of ones."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return (
-            super().forward(images) + torch.where((images == 1).all(dim=1), torch.inf, 0)[:, None]
-        )
+        ones = (images == 1).all(dim=1, keepdim=True)
+        return super().forward(images) + torch.where(ones, torch.inf, 0)
 
 
 @every_score
@@ -98,8 +96,8 @@ def test_an_example_on_which_members_overflow(score):
     """One may be met after they entered: it pays nothing and is no better a choice than others."""
     images, labels = torch.linspace(-1, 1, 240).view(40, 6).sin(), torch.arange(40) % 10
     images[3] = 1
-    settings = {"archive_size": 4, "subset_size": 10, "subset_every": 1, "score": score, "seed": 1}
-    m2n2 = M2N2(Overflows(6, 10), images, labels, images, labels, **settings)
+    settings = {"archive_size": 4, "subset_size": 10, "subset_every": 1, "seed": 1}
+    m2n2 = M2N2(Overflows(6, 10), images, labels, images, labels, score=score, **settings)
     assert 3 not in m2n2.subset and m2n2.archive.any()  # by the seed
     met = 0
     for _ in range(100):
