@@ -104,12 +104,16 @@ def no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "plot_evolution", lambda *_: None)
 
 
+def flag_of(name: str) -> str:
+    return f"--{name.lower().replace('_', '-')}"
+
+
 def small(**settings: object) -> list[str]:
     """Flags of a run of a second on `write_mnist`'s data, with rows in the midst of a subset."""
     defaults = {"iterations": 60, "test_every": 20, "subset_size": 100, "subset_every": 25}
     defaults |= {"image_size": 7, "crop_size": 28, "deskew": False, "hidden_dim": 8}
     defaults |= {"archive_size": 5, "accelerator": "cpu"}
-    return [f"--{k.replace('_', '-')}={v}" for k, v in (defaults | settings).items()]
+    return [f"{flag_of(name)}={value}" for name, value in (defaults | settings).items()]
 
 
 @pytest.fixture

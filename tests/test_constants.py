@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SCRIPT, as_module, one_line, small, write_mnist
+from conftest import SCRIPT, as_module, flag_of, one_line, small, write_mnist
 
 import m2n2_mnist as script
 from m2n2_mnist import CHOICES, FOLDERS, RANGES, SWITCHES, check, from_text
@@ -24,10 +24,6 @@ def edited(code: str, *names: str) -> bytes:
     for name in names:
         top = top.replace(f"\n{LINES[name]}", "")
     return f"{top}\n{code}{gap}{rest}".encode()
-
-
-def flag_of(name: str) -> str:
-    return f"--{name.lower().replace('_', '-')}"
 
 
 def test_the_defaults_are_those_of_the_readmes_figures():
@@ -145,7 +141,7 @@ REFUSED |= dict.fromkeys(SWITCHES, NO_SWITCHES) | dict.fromkeys(FOLDERS, NO_FOLD
 
 @pytest.mark.parametrize("name", NAMES)
 def test_refused(name, main):
-    """In one line that names the constant, the value and what is accepted; no text is run."""
+    """In one line that names the constant, the value and what is accepted; no run begins."""
     for value in (*REFUSED[name], *OUTSIDE.get(name, ())):
         with pytest.raises(ValueError) as refusal:
             check(name, value)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.run
-from conftest import ROOT, RUN, SCRIPT, checkpoint, rows, small, write_mnist
+from conftest import ROOT, RUN, SCRIPT, checkpoint, flag_of, rows, small, write_mnist
 
 import m2n2_mnist as script
 
@@ -45,8 +45,7 @@ def test_same_end_as_one_process(tmp_path, main, spawn):
 
 def test_torchrun_leaves_every_flag_to_the_script():
     """It looks for its own among all arguments, but not in the commands that are shown to users."""
-    names = vars(script.parse_constants([])[0])
-    flags = [f"--{name.lower().replace('_', '-')}=1" for name in names]
+    flags = [f"{flag_of(name)}=1" for name in vars(script.parse_constants([])[0])]
     shown = (ROOT / "README.md").read_text("utf-8") + script.__doc__
     commands = re.findall(r"^ *(torchrun [^#\n]+)", shown, re.M)
     assert len(commands) > 1

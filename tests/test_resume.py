@@ -18,6 +18,7 @@ from conftest import (
     at,
     checkpoint,
     ctrl_c,
+    flag_of,
     one_line,
     rows,
     same_end,
@@ -203,7 +204,7 @@ def test_a_flag_that_differs_is_refused(data_dir, main):
     assert constants.keys() == {*RANGES, *CHOICES, *FOLDERS}
     for name in (*RANGES, *CHOICES):
         value = another(name, constants[name])
-        code, out, error = main(f"--resume={RUN}", f"--{name.lower().replace('_', '-')}={value}")
+        code, out, error = main(f"--resume={RUN}", f"{flag_of(name)}={value}")
         words = f"Error: {name} is {value!r}, but {constants[name]!r} in the run"
         assert code == 1 and not out and one_line(error, words, "RESUME"), error
     assert contents(Path("runs")) == before
