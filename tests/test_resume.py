@@ -1,7 +1,4 @@
-"""A run that was killed or interrupted goes on to the same bits, a finished one can be extended.
-
-The rest is refused.
-"""
+"""A run that was killed or interrupted goes on to the same bits, a finished one is extended."""
 
 import json
 import os

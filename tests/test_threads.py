@@ -74,7 +74,6 @@ def test_each_thread_takes_parts(threads):
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_callers_number_of_threads_stays(threads):
-    """After whatever ends an evolution."""
     m2n2 = on_threads(threads, MLP(12, 5, 3))
     assert torch.get_num_threads() == threads
     m2n2.evolve(3)
