@@ -23,6 +23,7 @@ import m2n2_mnist as script  # noqa: E402
 from m2n2_mnist import M2N2, MLP  # noqa: E402
 
 torch.set_num_threads(1)  # the small tensors here gain nothing from more
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background process ignores
 os.environ["OMP_NUM_THREADS"] = "1"  # in processes of their own too
 
 RUN = Path("runs/m2n2_mnist/version_0")
@@ -150,7 +151,7 @@ def as_module(text: bytes) -> ModuleType:
 
 
 @pytest.fixture
-def main(capsys: pytest.CaptureFixture) -> Iterator[Callable[..., tuple[int, str, str]]]:
+def main(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
     """The script's `main` in this process: returns exit code, standard output and error."""
 
     def call(*flags: str, module: ModuleType = script) -> tuple[int, str, str]:
@@ -164,10 +165,7 @@ def main(capsys: pytest.CaptureFixture) -> Iterator[Callable[..., tuple[int, str
                 code = 1
         return (code, *capsys.readouterr())
 
-    # A shell's background process ignores Ctrl-C.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield call
-    signal.signal(signal.SIGINT, handler)
+    return call
 
 
 def one_line(error: str, *parts: str) -> bool:

@@ -204,7 +204,6 @@ def test_main_called_by_hand(as_text, ran, tmp_path):
 
 
 def test_help_explains_every_constant(main):
-    """By its comment, what it accepts and its default."""
     code, out, error = main("--help")
     text = " ".join(out.split())
     assert code == 0 and not error and script.__doc__.split("\n")[0] in out

@@ -50,7 +50,6 @@ def die() -> None:
 
 
 def kill(main: Callable, flags: list[str], moment: tuple = MOMENTS["in a child"]) -> None:
-    """A run that is killed at that moment."""
     owner, name, iteration, file, _ = moment
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         at(patch, owner, name, die, iteration, file=file)
@@ -209,7 +208,6 @@ def test_a_flag_that_differs_is_refused(data_dir, main):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_run_made_on_cuda_cannot_go_on_without(data_dir, main):
-    """One answer, once, and what can be done."""
     main(*small(data_dir=data_dir))
     state = checkpoint(RUN)
     state["constants"]["ACCELERATOR"] = "cuda"
