@@ -203,10 +203,7 @@ def at(
     seed: int = 42,
     file: str = "",
 ) -> None:
-    """`act` once: where this function is called, for this file if one is named, at that moment.
-
-    The moment is that run, with that many children made.
-    """
+    """`act` once: where this is called, for this file, in that run with that many children."""
     function, m2n2_of, runs, done = getattr(owner, name), script.m2n2_of, [], []
 
     def begun(constants: Namespace, examples: Sequence[torch.Tensor]) -> M2N2:
@@ -227,10 +224,6 @@ def at(
 def full(name: str) -> None:
     """Leave no room on the disk for what the run writes next to this file."""
     (RUN / f"{name}.{os.getpid()}.tmp").symlink_to("/dev/full")
-
-
-def ctrl_c() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 def wait_for_iteration(process: subprocess.Popen, iteration: int) -> None:

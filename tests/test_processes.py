@@ -15,6 +15,7 @@ from conftest import ROOT, RUN, SCRIPT, checkpoint, flag_of, make_m2n2, rows, sm
 
 import m2n2_mnist as script
 
+# Not with 0/1 scores: they make ties, which the rounding of another order of sums may decide.
 SUBSETS = {
     "all": {},
     "subset": {"subset_size": 100, "subset_every": 25},
@@ -38,10 +39,7 @@ def evolved(rank: int, processes: int, store: Path, settings: dict) -> dict:
 @pytest.mark.parametrize("subset", SUBSETS)
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_are_one(processes, subset, tmp_path):
-    """In what they evolve, choose and measure; each scores a part.
-
-    Not with 0/1 scores: they make ties, which the rounding of another order of sums may decide.
-    """
+    """In what they evolve, choose and measure; each scores a part."""
     settings = SUBSETS[subset]
     one = evolved(0, 1, tmp_path, settings)
     jobs = [(rank, processes, tmp_path / "store", settings) for rank in range(processes)]
@@ -66,10 +64,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 
 
 def test_same_end_as_one_process(tmp_path, main, spawn):
-    """Of 301 examples; what the first process's file says holds for both; only one prints.
-
-    Not with 0/1 scores: they make ties, which the rounding of another order of sums may decide.
-    """
+    """Of 301 examples; what the first process's file says holds for both; only one prints."""
     data = write_mnist(tmp_path / "data", train=301)
     flags = small(data_dir=data, iterations=200, test_every=50)
     text = SCRIPT.read_text(encoding="utf-8")

@@ -14,7 +14,6 @@ from conftest import (
     SECOND,
     at,
     checkpoint,
-    ctrl_c,
     flag_of,
     one_line,
     rows,
@@ -47,6 +46,10 @@ class Killed(BaseException):
 
 def die() -> None:
     raise Killed
+
+
+def ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def kill(main: Callable, flags: list[str], moment: tuple = MOMENTS["in a child"]) -> None:

@@ -26,13 +26,10 @@ def reference_half(m2n2: M2N2, subset_size: int) -> set[int]:
 @every_score
 @pytest.mark.parametrize("subset_size", [1, 15, 39])
 def test_which_examples_are_chosen(subset_size, score):
-    """Half by the criterion, half from the rest, no example twice, all of them in time.
-
-    The first subset is drawn too, as data may be sorted.
-    """
+    """Half by the criterion, half from the rest, no example twice, all of them in time."""
     m2n2 = make_m2n2(subset_size=subset_size, subset_every=1, score=score, schedule=40)
     seen, halves = set(), set()
-    assert sorted(m2n2.subset.tolist()) != list(range(subset_size))
+    assert sorted(m2n2.subset.tolist()) != list(range(subset_size))  # data may be sorted
     for _ in range(1_000):
         half = reference_half(m2n2, subset_size)  # by the archive before the child
         m2n2.evolve(1)
