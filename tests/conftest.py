@@ -8,6 +8,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -194,15 +195,15 @@ def same_end(one: Path, two: Path) -> None:
 
 
 # --- Moments of a run ---
+@contextmanager
 def at(
-    monkeypatch: pytest.MonkeyPatch,
     owner: object,
     name: str,
     act: Callable[[], None],
     iteration: int,
     seed: int = 42,
     file: str = "",
-) -> None:
+) -> Iterator[None]:
     """`act` once: where this is called, for this file, in that run with that many children."""
     function, m2n2_of, runs, done = getattr(owner, name), script.m2n2_of, [], []
 
@@ -217,8 +218,10 @@ def at(
             act()
         return function(*arguments, **named)
 
-    monkeypatch.setattr(script, "m2n2_of", begun)
-    monkeypatch.setattr(owner, name, watched)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "m2n2_of", begun)
+        patch.setattr(owner, name, watched)
+        yield
 
 
 def full(name: str) -> None:

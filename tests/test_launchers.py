@@ -72,10 +72,10 @@ class Bare:
 def test_other_streams(kind, data_dir, monkeypatch):
     """Or none, where it was closed; a row that cannot be written needs them too."""
     streams = [kind(), kind()]
-    with monkeypatch.context() as patch:
+    moment = at(M2N2, "_measure", lambda: full("metrics.csv"), iteration=40)
+    with monkeypatch.context() as patch, moment:
         patch.setattr(sys, "stdout", streams[0])
         patch.setattr(sys, "stderr", streams[1])
-        at(patch, M2N2, "_measure", lambda: full("metrics.csv"), iteration=40)
         script.main(small(data_dir=data_dir))
     assert len(rows(RUN)) == 3
     for stream, words in zip(streams, ("Evolution finished.", "60/60"), strict=True):

@@ -54,8 +54,7 @@ def ctrl_c() -> None:
 
 def kill(main: Callable, flags: list[str], moment: tuple = MOMENTS["in a child"]) -> None:
     owner, name, iteration, file, _ = moment
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        at(patch, owner, name, die, iteration, file=file)
+    with pytest.raises(Killed), at(owner, name, die, iteration, file=file):
         main(*flags)
 
 
@@ -102,8 +101,7 @@ def test_killed_at_a_moment(moment, data_dir, main):
 def test_ctrl_c(moment, data_dir, main):
     """In the second of three runs, which alone goes on; the flags that it prints do."""
     owner, name, iteration, file, saved = MOMENTS[moment]
-    with pytest.MonkeyPatch.context() as patch:
-        at(patch, owner, name, ctrl_c, iteration, seed=8, file=file)
+    with at(owner, name, ctrl_c, iteration, seed=8, file=file):
         code, out, error = main(*small(data_dir=data_dir, runs=3, seed=7))
     assert code == 130 and out.count("Evolution finished.") == 1 and "Mean" not in out, error
     (flags,) = re.findall(r"^Interrupted\. To go on .*, give no flag but (.+)$", out, re.M)
@@ -142,8 +140,7 @@ def test_resumed_twice_at_once(file, data_dir, main, monkeypatch):
             other.append(main(f"--resume={RUN}")[0])
 
     kill(main, small(data_dir=data_dir))
-    with monkeypatch.context() as patch:
-        at(patch, os, "replace", second, iteration=40, file=file)
+    with at(os, "replace", second, iteration=40, file=file):
         code, out, error = main(f"--resume={RUN}")
     assert [code, *other] == [0, 0] and "could not be written" not in out + error
     main(*small(data_dir=data_dir))

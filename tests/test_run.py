@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -141,25 +142,23 @@ REMEDIES = {
 }
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, how: str, file: str, iteration: int) -> None:
+def spoiled(how: str, file: str, iteration: int) -> AbstractContextManager:
     """After so many children the file cannot be written, once."""
 
     def held() -> None:  # as by a virus scanner or a spreadsheet
         raise PermissionError(errno.EACCES, "Permission denied")
 
     if how == "held":
-        at(monkeypatch, os, "replace", held, iteration, file=f"{RUN}/{file}")
-    else:
-        at(monkeypatch, M2N2, "_measure", lambda: full(file), iteration)
+        return at(os, "replace", held, iteration, file=f"{RUN}/{file}")
+    return at(M2N2, "_measure", lambda: full(file), iteration)
 
 
 @pytest.mark.usefixtures("no_figure")
 @pytest.mark.parametrize("how", REMEDIES)
 @pytest.mark.parametrize("file", ["metrics.csv", "best_model.pt", "checkpoint.pt"])
-def test_a_row_that_cannot_be_written(file, how, data_dir, main, monkeypatch):
+def test_a_row_that_cannot_be_written(file, how, data_dir, main):
     """It is said once, and the next row makes it good."""
-    with monkeypatch.context() as patch:
-        spoil(patch, how, file, iteration=40)
+    with spoiled(how, file, iteration=40):
         code, out, error = main(*small(data_dir=data_dir))
     assert code == 0 and "Evolution finished." in out, error
     (line,) = [line for line in (out + error).splitlines() if "could not be written" in line]
@@ -170,10 +169,9 @@ def test_a_row_that_cannot_be_written(file, how, data_dir, main, monkeypatch):
 
 @pytest.mark.usefixtures("no_figure")
 @pytest.mark.parametrize("how", REMEDIES)
-def test_an_end_that_cannot_be_written(how, data_dir, main, monkeypatch):
+def test_an_end_that_cannot_be_written(how, data_dir, main):
     """One message with what helps; the row before stays whole, and the run can go on from it."""
-    with monkeypatch.context() as patch:
-        spoil(patch, how, "checkpoint.pt", iteration=60)
+    with spoiled(how, "checkpoint.pt", iteration=60):
         code, out, error = main(*small(data_dir=data_dir))
     assert code == 1 and "Evolution finished." not in out and "Traceback" not in error
     message = error[error.index("Error: ") :]
