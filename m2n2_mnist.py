@@ -991,7 +991,7 @@ def launch(accelerator: str) -> Fabric:
     if accelerator == "cuda" and found < devices:
         sys.exit(
             f"Error: ACCELERATOR is 'cuda', and {devices} process(es) find {found} GPU(s). Start a "
-            "new run on fewer or on 'cpu'; a run to RESUME cannot change, but has its best model."
+            "new run on 'cpu'; a run made on CUDA cannot go on without, but has its best model."
         )
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, plugins=environment)
     fabric.launch()

@@ -8,6 +8,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -23,6 +24,8 @@ import m2n2_mnist as script  # noqa: E402
 from m2n2_mnist import M2N2, MLP  # noqa: E402
 
 torch.set_num_threads(1)  # the small tensors here gain nothing from more
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background process ignores
+os.environ["OMP_NUM_THREADS"] = "1"  # in processes of their own too
 
 RUN = Path("runs/m2n2_mnist/version_0")
 SECOND = RUN.with_name("version_1")
@@ -35,11 +38,9 @@ def idx(array: np.ndarray) -> bytes:
     return header + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
 
 
-def write_mnist(
-    folder: Path, train: int = 300, test: int = 60, seed: int = 0, dataset: str = "MNIST"
-) -> Path:
+def write_mnist(folder: Path, train: int = 300, test: int = 60, dataset: str = "MNIST") -> Path:
     """Learnable stand-ins for the four files: digit d is a bright bar in row 2 d + 4, and noise."""
-    random, raw = np.random.default_rng(seed), folder / dataset / "raw"
+    random, raw = np.random.default_rng(0), folder / dataset / "raw"
     raw.mkdir(parents=True)
     for split, examples in (("train", train), ("t10k", test)):
         labels = (np.arange(examples) % 10).astype(np.uint8)
@@ -65,30 +66,18 @@ def real_mnist() -> Path:
     return folder.absolute()
 
 
+SMALL = {"archive_size": 4, "init_std": 0.5, "mutation_std": 0.1, "prior_std": 0.0, "seed": 1}
+
+
 def make_m2n2(
-    examples: int = 40,
-    inputs: int = 6,
-    hidden: int = 5,
-    classes: int = 10,
-    dtype: torch.dtype = torch.float32,
-    **settings: object,
+    examples: int = 40, hidden: int = 5, dtype: torch.dtype = torch.float32, **settings: object
 ) -> M2N2:
-    """An M2N2 on small random data that is learnable."""
+    """An M2N2 on small random data that is learnable: 6 values, of 10 classes."""
     random = torch.Generator().manual_seed(0)
-    images = torch.randn(examples, inputs, generator=random)
-    labels = (images @ torch.randn(inputs, classes, generator=random)).argmax(dim=1)
-    defaults = {"archive_size": 4, "init_std": 0.5, "mutation_std": 0.1, "prior_std": 0.0}
-    settings = defaults | {"seed": 1} | settings
+    images = torch.randn(examples, 6, generator=random)
+    labels = (images @ torch.randn(6, 10, generator=random)).argmax(dim=1)
     images = images.to(dtype)
-    examples = (images, labels, images[::2], labels[::2])
-    return M2N2(MLP(inputs, hidden, classes), *examples, **settings)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """PyTorch's number of threads is 1 again after a test that set another."""
-    yield
-    torch.set_num_threads(1)
+    return M2N2(MLP(6, hidden), images, labels, images[::2], labels[::2], **SMALL | settings)
 
 
 def all_models(m2n2: M2N2) -> torch.Tensor:
@@ -103,8 +92,10 @@ def all_scores(m2n2: M2N2) -> torch.Tensor:
 
 # --- The script as a user runs it ---
 @pytest.fixture(autouse=True)
-def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_folder_and_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
+    yield
+    torch.set_num_threads(1)  # again, where a test set another
 
 
 @pytest.fixture
@@ -113,12 +104,16 @@ def no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "plot_evolution", lambda *_: None)
 
 
+def flag_of(name: str) -> str:
+    return f"--{name.lower().replace('_', '-')}"
+
+
 def small(**settings: object) -> list[str]:
     """Flags of a run of a second on `write_mnist`'s data, with rows in the midst of a subset."""
     defaults = {"iterations": 60, "test_every": 20, "subset_size": 100, "subset_every": 25}
     defaults |= {"image_size": 7, "crop_size": 28, "deskew": False, "hidden_dim": 8}
     defaults |= {"archive_size": 5, "accelerator": "cpu"}
-    return [f"--{k.replace('_', '-')}={v}" for k, v in (defaults | settings).items()]
+    return [f"{flag_of(name)}={value}" for name, value in (defaults | settings).items()]
 
 
 @pytest.fixture
@@ -127,12 +122,11 @@ def spawn() -> Iterator[Callable[..., subprocess.Popen]]:
     processes = []
 
     def start(
-        *flags: str, launcher: Sequence[str] = (), path: str | Path = SCRIPT, **options: object
+        *flags: str, launcher: Sequence[str] = (), path: Path = SCRIPT, **options: object
     ) -> subprocess.Popen:
-        pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, *launcher, str(path), *flags]
-        processes.append(subprocess.Popen(command, **{"text": True, "env": env} | pipes | options))
+        command = [sys.executable, *launcher, path, *flags]
+        options |= dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+        processes.append(subprocess.Popen(command, text=True, **options))
         return processes[-1]
 
     yield start
@@ -143,18 +137,6 @@ def spawn() -> Iterator[Callable[..., subprocess.Popen]]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-
-
-@pytest.fixture
-def run_script(spawn: Callable) -> Callable[..., subprocess.CompletedProcess]:
-    """The script in a process of its own, to its end."""
-
-    def run(*flags: str, **options: object) -> subprocess.CompletedProcess:
-        process = spawn(*flags, **options)
-        output = process.communicate(timeout=300)
-        return subprocess.CompletedProcess(flags, process.returncode, *output)
-
-    return run
 
 
 def as_module(text: bytes) -> ModuleType:
@@ -168,7 +150,7 @@ def as_module(text: bytes) -> ModuleType:
 
 
 @pytest.fixture
-def main(capsys: pytest.CaptureFixture) -> Iterator[Callable[..., tuple[int, str, str]]]:
+def main(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
     """The script's `main` in this process: returns exit code, standard output and error."""
 
     def call(*flags: str, module: ModuleType = script) -> tuple[int, str, str]:
@@ -182,10 +164,7 @@ def main(capsys: pytest.CaptureFixture) -> Iterator[Callable[..., tuple[int, str
                 code = 1
         return (code, *capsys.readouterr())
 
-    # A shell's background process ignores Ctrl-C.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield call
-    signal.signal(signal.SIGINT, handler)
+    return call
 
 
 def one_line(error: str, *parts: str) -> bool:
@@ -214,19 +193,16 @@ def same_end(one: Path, two: Path) -> None:
 
 
 # --- Moments of a run ---
+@contextmanager
 def at(
-    monkeypatch: pytest.MonkeyPatch,
     owner: object,
     name: str,
     act: Callable[[], None],
     iteration: int,
     seed: int = 42,
     file: str = "",
-) -> None:
-    """`act` once: where this function is called, for this file if one is named, at that moment.
-
-    The moment is that run, with that many children made.
-    """
+) -> Iterator[None]:
+    """`act` once: where this is called, for this file, in that run with that many children."""
     function, m2n2_of, runs, done = getattr(owner, name), script.m2n2_of, [], []
 
     def begun(constants: Namespace, examples: Sequence[torch.Tensor]) -> M2N2:
@@ -240,8 +216,10 @@ def at(
             act()
         return function(*arguments, **named)
 
-    monkeypatch.setattr(script, "m2n2_of", begun)
-    monkeypatch.setattr(owner, name, watched)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "m2n2_of", begun)
+        patch.setattr(owner, name, watched)
+        yield
 
 
 def full(name: str) -> None:
@@ -249,14 +227,10 @@ def full(name: str) -> None:
     (RUN / f"{name}.{os.getpid()}.tmp").symlink_to("/dev/full")
 
 
-def ctrl_c() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-def wait_for_iteration(process: subprocess.Popen, iteration: int, folder: Path = RUN) -> None:
+def wait_for_iteration(process: subprocess.Popen, iteration: int) -> None:
     """Until the checkpoint of at least that iteration is there."""
-    path, end = folder / "checkpoint.pt", time.monotonic() + 300
-    while not path.exists() or checkpoint(folder)["m2n2"]["iteration"] < iteration:
+    path, end = RUN / "checkpoint.pt", time.monotonic() + 300
+    while not path.exists() or checkpoint(RUN)["m2n2"]["iteration"] < iteration:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end  # or the process hangs
         time.sleep(0.01)

@@ -55,10 +55,7 @@ def random_scores(models: int, score: str, random: torch.Generator) -> torch.Ten
 
 
 def decided(scores: torch.Tensor, alpha: float) -> bool:
-    """Whether every code must find the same worst.
-
-    All of the least fitness within rounding are then equal row by row.
-    """
+    """Whether all of the least fitness within rounding are equal: every code has the same worst."""
     z = scores.double().sum(dim=0)
     fitness = (scores / torch.where(z > 0, z, 1) ** alpha).sum(dim=1)
     least = scores[fitness <= fitness.min() * (1 + 1e-5)]
@@ -67,9 +64,7 @@ def decided(scores: torch.Tensor, alpha: float) -> bool:
 
 @pytest.mark.parametrize("archive_size", [2, 4, 20])
 @pytest.mark.parametrize(("score", "alpha"), CASES)
-def test_archive_update(
-    authors: SimpleNamespace, score: str, alpha: float, archive_size: int
-) -> None:
+def test_archive_update(authors, score, alpha, archive_size):
     """From the empty archive on, whose slots are a tie; every fifth child is a member's equal."""
     m2n2 = make_m2n2(60, archive_size=archive_size, alpha=alpha)
     random = torch.Generator().manual_seed(archive_size)
@@ -117,13 +112,7 @@ def captured(
 
 @pytest.mark.parametrize("attraction", [True, False])
 @pytest.mark.parametrize(("score", "alpha"), CASES)
-def test_parents(
-    authors: SimpleNamespace,
-    score: str,
-    alpha: float,
-    attraction: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_parents(authors, score, alpha, attraction, monkeypatch):
     m2n2 = make_m2n2(60, archive_size=5, alpha=alpha, use_attraction=attraction)
     random = torch.Generator()
     for seed in range(10):
@@ -147,7 +136,7 @@ def vectors(params: int, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("w", [0.0, 0.3, 0.9, 1.0])
 @pytest.mark.parametrize("seed", range(5))
-def test_slerp(authors: SimpleNamespace, seed: int, w: float) -> None:
+def test_slerp(authors, seed, w):
     a, b = vectors(95, seed)
     for x, y in ((a, b), (a, a), (a, 3 * a), (a, a + 0.09 * a.roll(1))):
         theirs = authors.helper.slerp(w, to_jax(x), to_jax(y))
@@ -171,7 +160,7 @@ def our_child(
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_crossover(authors: SimpleNamespace, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crossover(authors, seed, monkeypatch):
     split, whole = make_m2n2(), make_m2n2(use_split_point=False)
     params, helper = split.archive.shape[1], authors.helper
     parents = vectors(params, seed)

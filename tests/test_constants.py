@@ -3,21 +3,26 @@
 import math
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import SCRIPT, as_module, one_line, small, write_mnist
+from conftest import SCRIPT, as_module, flag_of, one_line, small, write_mnist
 
 import m2n2_mnist as script
-from m2n2_mnist import CHOICES, FOLDERS, RANGES, SWITCHES, check, from_text
+from m2n2_mnist import ACCEPTED, check, from_text
 
 TEXT = SCRIPT.read_text(encoding="utf-8")
-NAMES = (*RANGES, *CHOICES, *FOLDERS)
-DEFAULTS = {name: getattr(script, name) for name in NAMES}
-LINES = {name: re.search(rf"^{name} = .*", TEXT, re.M)[0] for name in NAMES}
+DEFAULTS = {name: getattr(script, name) for name in ACCEPTED}
+LINES = {name: re.search(rf"^{name} = .*", TEXT, re.M)[0] for name in ACCEPTED}
+
+
+def of(*kinds: type) -> list[str]:
+    """The constants of these kinds."""
+    return [name for name, (kind, *_) in ACCEPTED.items() if kind in kinds]
+
+
+SWITCHES, FOLDERS = of(bool), of(Path)
 
 
 def edited(code: str, *names: str) -> bytes:
@@ -28,11 +33,7 @@ def edited(code: str, *names: str) -> bytes:
     return f"{top}\n{code}{gap}{rest}".encode()
 
 
-def flag_of(name: str) -> str:
-    return f"--{name.lower().replace('_', '-')}"
-
-
-def test_the_defaults_are_those_of_the_readmes_figures() -> None:
+def test_the_defaults_are_those_of_the_readmes_figures():
     """Whoever means to change one here has the README's figures to measure anew."""
     measured = {"SEED": 42, "RUNS": 1, "ITERATIONS": 100_000, "TEST_EVERY": 1_000}
     measured |= {"DATASET": "MNIST", "DESKEW": True, "CROP_SIZE": 20, "IMAGE_SIZE": 8}
@@ -44,65 +45,31 @@ def test_the_defaults_are_those_of_the_readmes_figures() -> None:
 
 
 # --- Edits ---
-COMPUTED = """
-def mine():
-    return 3
-
-if os.name:
-    SEED = mine()
-SEED += 4
-RUNS = int(os.environ["MINE"])
-USE_ATTRACTION = ALPHA > 3
-OUTPUT_DIR = f"runs-{SEED}"
-MINE = [1, None]
-BATCH_SIZE = "x"
-"""
-ODD_COMMENTS = """
+EDITS = {
+    "odd comments": """
 SEED=7# it's [0, 9] | (default: 3) {x} \\ 💡
-ALPHA\t=\t0.5;  # 50 % of it, %s, %(prog)s, 100%
-RUNS = 2  #
-"""
-EDITS = {  # the code, and the values that it stands for
-    "odd comments": (ODD_COMMENTS, {"SEED": 7, "ALPHA": 0.5, "RUNS": 2}),
-    "several lines": (
-        "SEED = (\n    3  # three\n    + 4\n)  # seven\nRUNS = \\\n    2",
-        {"SEED": 7, "RUNS": 2},
-    ),
-    "annotated": ("SEED: int = 7\nSCORE: str = 'correct'  # mine", {"SEED": 7, "SCORE": "correct"}),
-    "several in a line": (
-        "SEED, ALPHA = 7, 0.5; RUNS = TEST_EVERY = 2  # four",
-        {"SEED": 7, "ALPHA": 0.5, "RUNS": 2, "TEST_EVERY": 2},
-    ),
-    "computed": (
-        COMPUTED,
-        {"SEED": 7, "RUNS": 2, "USE_ATTRACTION": False, "OUTPUT_DIR": "runs-7"},
-    ),
-    "other forms": (
-        "ITERATIONS = 1e1\nSEED = 0xF_F\nALPHA = 1\nDATA_DIR = Path('my', 'data')",
-        {"ITERATIONS": 10, "SEED": 255, "ALPHA": 1.0, "DATA_DIR": "my/data"},
-    ),
-    "no comments": (re.sub(" *#.*", "", "\n".join(LINES.values())), DEFAULTS),
-    "another order": ("\n".join(reversed(LINES.values())), DEFAULTS),
+ALPHA\t=\t1 / 2;  # 50 % of it, %s, %(prog)s, 100%
+RUNS: int = 2  #
+DATA_DIR = Path("my", "data"); ITERATIONS = 1e1
+""",
+    "no comments": "SEED, ALPHA, RUNS, DATA_DIR, ITERATIONS = 7, 0.5, 2, 'my/data', 10",
 }
 
 
 @pytest.mark.parametrize("windows", [False, True])
 @pytest.mark.parametrize("edit", EDITS)
-def test_any_edit_that_is_python(
-    edit: str, windows: bool, main: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_edit_that_is_python(edit, windows, main):
     """The constants take the value, in their own plain type; --help goes on explaining them all."""
-    monkeypatch.setenv("MINE", "2")
-    code, expected = EDITS[edit]
-    text = edited(code, *expected)
+    expected = {"SEED": 7, "ALPHA": 0.5, "RUNS": 2, "DATA_DIR": "my/data", "ITERATIONS": 10}
+    text = edited(EDITS[edit], *expected)
     if windows:
         text = b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n")
     module = as_module(text)
     constants, flags = module.parse_constants([])
     assert vars(constants) == DEFAULTS | expected and not flags
-    assert all(type(getattr(constants, name)) is type(DEFAULTS[name]) for name in NAMES)
+    assert all(type(getattr(constants, name)) is type(DEFAULTS[name]) for name in ACCEPTED)
     status, out, _ = main("--help", module=module)
-    assert status == 0 and all(f"{flag_of(name)} " in out for name in NAMES)
+    assert status == 0 and all(f"{flag_of(name)} " in out for name in ACCEPTED)
 
 
 @pytest.fixture
@@ -120,9 +87,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_every_constant_reaches_what_it_is_for(
-    switch: str, main: Callable, ran: list[tuple], tmp_path: Path
-) -> None:
+def test_every_constant_reaches_what_it_is_for(switch, main, ran, tmp_path):
     """M2N2 or the data's module, under its own name; each switch is one of its own."""
     write_mnist(tmp_path / "images", dataset="KMNIST")
     values = {"archive_size": 3, "subset_size": 90, "subset_every": 7, "seed": 5}
@@ -142,31 +107,28 @@ def test_every_constant_reaches_what_it_is_for(
     assert m2n2.schedule == 9 and m2n2.archive.shape == (3, 25 * 8 + 8 + 8 * 10 + 10)
     # The rest of them shows in what a run leaves, see test_run.py and test_resume.py.
     rest = {"seed", "deskew", "runs", "test_every", "output_dir", "resume", "accelerator"}
-    assert {*values, *prepared, *switches, *others} | rest == {name.lower() for name in NAMES}
+    assert {*values, *prepared, *switches, *others} | rest == {name.lower() for name in ACCEPTED}
 
 
 # --- What is accepted: the one place that decides ---
-NO_NUMBERS = [math.nan, math.inf, -math.inf, True, False, None, [5], (5,), {}, 5j, b"5", int, "5"]
-NO_NUMBERS += [np.int64(5), np.float32(5), np.float64(5), np.bool_(True), torch.tensor(5)]
-NO_NUMBERS += [np.eye(3), "", "five", "nan", "__import__('os').mkdir('hacked')"]
-NO_SWITCHES = [0, 1, 1.0, None, [], [True], np.bool_(True), math.nan, "true", "False", "", "no"]
-NO_CHOICES = [None, True, 0, math.nan, b"MNIST", ["MNIST"], Path("MNIST"), "", "other"]
-NO_CHOICES += ["CPU", "mnist", "Correct", " cpu", "auto"]
-NO_FOLDERS = [None, True, 0, 5, math.nan, b"data", ["data"], {}]
+NO_NUMBERS = [math.nan, math.inf, True, None, [5], 5j, "5", np.int64(5), np.float64(5), np.eye(3)]
+NO_SWITCHES = [0, 1, 1.0, None, [True], np.bool_(True), "true", ""]
+NO_CHOICES = [None, True, 0, b"MNIST", ["MNIST"], Path("MNIST"), "", "mnist", "Correct", "auto"]
+NO_FOLDERS = [None, True, 5, b"data", ["data"]]
 OUTSIDE = dict.fromkeys(("RUNS", "ITERATIONS", "TEST_EVERY"), (0, -1, 2.5, 10**9 + 1))
 OUTSIDE |= {"SUBSET_EVERY": (0, 2.5, 10**9 + 1), "SUBSET_SIZE": (-1, 2.5, 10**9 + 1)}
 OUTSIDE |= dict.fromkeys(("CROP_SIZE", "IMAGE_SIZE"), (0, 29, -7, 2.5))
 OUTSIDE |= dict.fromkeys(("MUTATION_STD", "FINAL_MUTATION_STD", "PRIOR_STD"), (-1, -1e-9, 1e31))
 OUTSIDE |= {"HIDDEN_DIM": (0, 2.5, 4_001), "ARCHIVE_SIZE": (1, 0, 2.5, 501)}
-OUTSIDE |= {"SEED": (-1, -1.0, 2.5, 10**9 + 1, 1e300), "INIT_STD": (0, -0.1, 1e31)}
+OUTSIDE |= {"SEED": (-1, -1.0, 2.5, 10**15 + 1, 1e300), "INIT_STD": (0, -0.1, 1e31)}
 OUTSIDE |= {"TEMPERATURE": (0, -1.0, 1e-9, 1e9), "ALPHA": (-0.1, 3.1, 10**400)}
-REFUSED = dict.fromkeys(RANGES, NO_NUMBERS) | dict.fromkeys(CHOICES, NO_CHOICES)
+REFUSED = dict.fromkeys(of(int, float), NO_NUMBERS) | dict.fromkeys(of(str), NO_CHOICES)
 REFUSED |= dict.fromkeys(SWITCHES, NO_SWITCHES) | dict.fromkeys(FOLDERS, NO_FOLDERS)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_refused(name: str, main: Callable) -> None:
-    """In one line that names the constant, the value and what is accepted; no text is run."""
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_refused(name, main):
+    """In one line that names the constant, the value and what is accepted; no run begins."""
     for value in (*REFUSED[name], *OUTSIDE.get(name, ())):
         with pytest.raises(ValueError) as refusal:
             check(name, value)
@@ -180,7 +142,7 @@ def test_refused(name: str, main: Callable) -> None:
     assert os.listdir() == ["edited.py"]
 
 
-def test_a_refusal_says_what_is_accepted() -> None:
+def test_a_refusal_says_what_is_accepted():
     words = {"ARCHIVE_SIZE": "an integer from 2 to 500", "ALPHA": "a number from 0.0 to 3.0"}
     words |= {"SCORE": "'probability' or 'correct'", "USE_ATTRACTION": "True or False"}
     for name, accepted in (words | {"DATA_DIR": "a folder"}).items():
@@ -190,10 +152,8 @@ def test_a_refusal_says_what_is_accepted() -> None:
 
 TAKEN = [  # the constant, the value it stands for, its other forms in the file, as a flag's text
     ("SEED", 7, [7.0], ["7", " 7 ", "7.0", "+7"]),
-    ("SEED", 10**9, [1e9], ["1e9"]),
     ("ITERATIONS", 1000, [1e3], ["1e3", "1_000"]),
     ("ALPHA", 1.0, [1], ["1", "1.", "1e0"]),
-    ("PRIOR_STD", 0.0, [0], ["0"]),
     ("USE_CROSSOVER", False, [], ["False", "false", "FALSE"]),
     ("USE_CROSSOVER", True, [], ["True", "true"]),
     ("SCORE", "correct", [], ["correct"]),
@@ -204,53 +164,40 @@ TAKEN = [  # the constant, the value it stands for, its other forms in the file,
 
 
 @pytest.mark.parametrize(("name", "expected", "values", "texts"), TAKEN)
-def test_taken(name: str, expected: object, values: list[object], texts: list[str]) -> None:
+def test_taken(name, expected, values, texts):
     for value in [expected, *values, *(from_text(name, text) for text in texts)]:
         found = check(name, value)
         assert found == expected and type(found) is type(expected), value
 
 
-@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "2.5", "", " ", "-", "0x7", "[7]"])
-def test_texts_that_are_no_seed(text: str, main: Callable) -> None:
-    code, out, error = main(f"--seed={text}")
-    assert code == 2 and not out and one_line(error, "Error: SEED is ", ", accepted is ")
+FLAGS_REFUSED = {
+    "--seed=nan": "SEED is nan",
+    "--seed=1e999": "SEED is inf",
+    "--seed=2.5": "SEED is 2.5",
+    "--seed=": "SEED is ''",
+    "--seed=0x7": "SEED is '0x7'",
+    "--mutation-std=0.2": "PRIOR_STD is 0.2",
+    "--final-mutation-std=0.5 --prior-std=0.4": "PRIOR_STD is 0.4",
+}
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--seed=1e9 --runs=2", "SEED is 1000000001"),  # the last run's
-        ("--mutation-std=0.2", "PRIOR_STD is 0.2"),
-        ("--final-mutation-std=0.5 --prior-std=0.4", "PRIOR_STD is 0.4"),
-    ],
-)
-def test_what_is_accepted_only_alone(flags: str, words: str, main: Callable) -> None:
+@pytest.mark.parametrize("flags", FLAGS_REFUSED)
+def test_flags_refused(flags, main):
     code, out, error = main(*flags.split())
-    assert code == 2 and not out and one_line(error, f"Error: {words}, accepted is ")
+    words = f"Error: {FLAGS_REFUSED[flags]}, accepted is "
+    assert code == 2 and not out and one_line(error, words)
 
 
 # --- Flags and --help ---
-def test_flags() -> None:
-    """Joined by = or apart; they go before an edited constant."""
-    texts = {"ITERATIONS": "1e2", "ALPHA": " .5 ", "DESKEW": "FALSE", "SCORE": "correct"}
-    expected = {"ITERATIONS": 100, "ALPHA": 0.5, "DESKEW": False, "SCORE": "correct"}
-    module = as_module(edited("ALPHA = 2; RUNS = 6"))
-    joined = [f"{flag_of(name)}={text}" for name, text in texts.items()]
-    apart = [part for name, text in texts.items() for part in (flag_of(name), text)]
-    for argv in (joined, apart):
-        constants, given = module.parse_constants(argv)
-        assert given == expected and vars(constants) == DEFAULTS | {"RUNS": 6} | expected
-
-
-@pytest.mark.parametrize("flag", ["--iteration=5", "--ITERATIONS=5", "iterations=5"])
-def test_unknown_flag(flag: str, main: Callable) -> None:
+@pytest.mark.parametrize("flag", ["--iteration=5", "iterations=5"])
+def test_unknown_flag(flag, main):
     code, out, error = main(flag)
     assert code == 2 and not out and flag in error and not os.listdir()
 
 
 @pytest.mark.parametrize("as_text", [False, True])
-def test_main_called_by_hand(as_text: bool, ran: list[tuple], tmp_path: Path) -> None:
-    """With numbers, switches and paths in the list, or in one string."""
+def test_main_called_by_hand(as_text, ran, tmp_path):
+    """With numbers, switches and paths in the list, or in one string; by = or apart."""
     folder = write_mnist(tmp_path / "data")
     argv = ["--data-dir", folder, "--seed", 7, "--alpha", 0.5, "--deskew", False]
     argv += ["--accelerator", "cpu"]
@@ -262,8 +209,7 @@ def test_main_called_by_hand(as_text: bool, ran: list[tuple], tmp_path: Path) ->
     assert vars(constants) == DEFAULTS | expected | {"ACCELERATOR": "cpu"}
 
 
-def test_help_explains_every_constant(main: Callable) -> None:
-    """By its comment, what it accepts and its default."""
+def test_help_explains_every_constant(main):
     code, out, error = main("--help")
     text = " ".join(out.split())
     assert code == 0 and not error and script.__doc__.split("\n")[0] in out

@@ -1,11 +1,10 @@
 """The data: their tensors, deskewing, MNIST's family, and files that cannot be had or read."""
 
 import gzip
-import hashlib
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -95,7 +94,7 @@ def bar(slope: float) -> np.ndarray:
 # --- Tensors and loaders ---
 @pytest.mark.parametrize("deskewed", [False, True])
 @pytest.mark.parametrize("crop, size", [(28, 1), (28, 7), (28, 28), (20, 20), (20, 8), (2, 2)])
-def test_tensors(tmp_path: Path, crop: int, size: int, deskewed: bool) -> None:
+def test_tensors(tmp_path, crop, size, deskewed):
     """Images that lean, by up to 1.8, off their middle; test images have another mean."""
     examples = 40 if deskewed else 5_020  # the loops are slow; more than are averaged at a time
     leaning = np.stack([bar(slope) for slope in np.linspace(-1.8, 1.8, examples)])
@@ -115,63 +114,49 @@ def test_tensors(tmp_path: Path, crop: int, size: int, deskewed: bool) -> None:
         np.testing.assert_allclose(images, (expected - mean) / std, atol=2e-3)
 
 
-def test_a_bar_becomes_upright() -> None:
-    """By 1 pixel a row at most, without loss of ink; what is upright, one row or empty stays."""
-    images = np.stack([bar(slope) for slope in (-0.9, -0.3, 0.5, 1.8, 0, 0, 0)])
-    images[5:] = 0
-    images[6, 9, 4:20] = 1
+def test_a_bar_becomes_upright():
+    """Without loss of ink; what is upright, empty or a single row stays."""
+    images = np.stack([bar(slope) for slope in (-0.9, -0.3, 0.5, 0, 0, 0)])
+    images[4:] = 0
+    images[5, 9, 4:20] = 1
     results = deskew(torch.from_numpy(images)[:, None])[:, 0].numpy()
-    for image, result, left in zip(images[:4], results, (0, 0, 0, 0.85), strict=False):
-        assert lean(result)[0] == pytest.approx(left, abs=0.2 if left else 0.05)
-        assert left or result.sum() == pytest.approx(image.sum(), rel=1e-3)
-    columns = (results[:3].sum(axis=1) > 1).sum(axis=1)
-    assert (columns <= 5).all()  # of the 3 that it is wide
-    np.testing.assert_allclose(results[4:], images[4:], atol=1e-4)
+    for image, result in zip(images[:3], results, strict=False):
+        assert abs(lean(result)[0]) < 0.05
+        assert result.sum() == pytest.approx(image.sum(), rel=1e-3)
+    np.testing.assert_allclose(results[3:], images[3:], atol=1e-4)
 
 
-def test_loaders(data_dir: Path) -> None:
-    """Each image with its label, in batches; for training once, in another order each time."""
+def test_loaders(data_dir):
+    """Images with their labels, in batches; for training all, in another order each time."""
     data = MNISTDataModule(data_dir, batch_size=40)
     data.setup(stage="fit")  # as Lightning's Trainer does
-    images, labels = map(torch.cat, zip(*data.test_dataloader(), strict=True))
-    assert torch.equal(images, data.test_images) and torch.equal(labels, data.test_labels)
-    (first, first_labels), (second, _) = (
-        map(torch.cat, zip(*data.train_dataloader(), strict=True)) for _ in range(2)
+    (images, labels), (rest, _) = data.test_dataloader()
+    assert torch.equal(torch.cat([images, rest]), data.test_images)
+    assert torch.equal(labels, data.test_labels[:40])
+    first, second = (
+        torch.cat([images[:, 0, 0, 0] for images, _ in data.train_dataloader()]) for _ in range(2)
     )
-    places = torch.cdist(first.flatten(1), data.train_images.flatten(1)).argmin(dim=1)
-    assert sorted(places) == list(range(300)) and not torch.equal(first, second)
-    assert torch.equal(first_labels, data.train_labels[places])
+    assert sorted(first) == sorted(data.train_images[:, 0, 0, 0]) and not torch.equal(first, second)
     assert [len(batch) for batch, _ in data.train_dataloader()] == 7 * [40] + [20]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_another_default_dtype(dtype: torch.dtype, data_dir: Path) -> None:
-    expected = load(data_dir).examples
-    torch.set_default_dtype(dtype)
-    try:
-        found = load(data_dir).examples
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert [tensor.dtype for tensor in found] == 2 * [torch.float32, torch.long]
-    assert all(map(torch.equal, found, expected))
 
 
 # --- Data sets and folders ---
 @pytest.mark.usefixtures("no_figure")
 @pytest.mark.parametrize("dataset", ["FashionMNIST", "KMNIST"])
-def test_another_data_set(dataset: str, tmp_path: Path, main: Callable) -> None:
-    data_dir = write_mnist(tmp_path / "data", dataset=dataset)
-    code, out, error = main(*small(data_dir=data_dir, dataset=dataset))
+def test_another_data_set(dataset, tmp_path, main):
+    """In folders with strange names."""
+    data_dir, output = tmp_path / "größe 数 % {x} 'q'", tmp_path / "läufe 1"
+    write_mnist(data_dir, dataset=dataset)
+    code, out, error = main(*small(data_dir=data_dir, dataset=dataset, output_dir=output))
     assert code == 0 and f"300 + 60 images of {dataset};" in out, error
+    assert f"Files: {output / RUN.relative_to('runs')}" in out
     code, _, error = main(*small(data_dir=data_dir))  # MNIST's folder is another
     assert code == 1 and says_missing(error, data_dir)
 
 
 @contextmanager
-def read_only(folder: Path, *writable: Path, mode: int = 0o444) -> Iterator[None]:
-    """As a user who may write to the others alone, and has these rights to the folder's files."""
-    for path in writable:
-        path.chmod(0o777)
+def read_only(folder: Path, mode: int = 0o444) -> Iterator[None]:
+    """As a user who may not write to the folder, and has these rights to its files."""
     for path in (*folder.rglob("*"), folder):
         path.chmod(0o555 if path.is_dir() else mode)
     for path in (folder.parent, *folder.parent.parents[:2]):
@@ -186,30 +171,23 @@ def read_only(folder: Path, *writable: Path, mode: int = 0o444) -> Iterator[None
             path.chmod(0o755)
 
 
-@pytest.mark.usefixtures("no_figure")
-def test_a_read_only_folder_with_a_strange_name(tmp_path: Path, main: Callable) -> None:
-    folder, output = write_mnist(tmp_path / "größe 数 % {x} 'q'"), tmp_path / "läufe 1"
-    main(*small(data_dir=folder))  # nobody may not be able to read what is imported late
-    output.mkdir()
-    with read_only(folder, output):
-        code, out, error = main(*small(data_dir=folder, output_dir=output))
-    assert code == 0 and f"Files: {output / RUN.relative_to('runs')}" in out, error
+def test_a_read_only_folder(data_dir):
+    with read_only(data_dir):
+        assert len(load(data_dir).train_labels) == 300
 
 
 # --- Files that cannot be had or read ---
 DAMAGE = {  # what a file is then
     "empty": lambda content: b"",
     "half unpacked": lambda content: content[: len(content) // 2],
-    "cut in its header": lambda content: content[:6],
     "longer": lambda content: content + b"\0",
     "HTML": lambda content: b"<!DOCTYPE html><html><body>503 Service Unavailable</body></html>",
-    "of another type": lambda content: content[:2] + b"\x0d" + content[3:],
     "compressed": gzip.compress,
 }
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_a_damaged_file(data_dir: Path, how: str) -> None:
+def test_a_damaged_file(data_dir, how):
     for name in NAMES:
         path = data_dir / RAW / name
         content = path.read_bytes()
@@ -220,7 +198,7 @@ def test_a_damaged_file(data_dir: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("split, examples", [("train", 300), ("t10k", 60)])
-def test_what_is_not_mnist(data_dir: Path, split: str, examples: int) -> None:
+def test_what_is_not_mnist(data_dir, split, examples):
     """Images of another size, labels of more classes (EMNIST's), and not one for each image."""
     images, labels = (data_dir / RAW / name for name in NAMES if name.startswith(split))
     for path, array in (
@@ -235,7 +213,7 @@ def test_what_is_not_mnist(data_dir: Path, split: str, examples: int) -> None:
 
 
 @pytest.mark.parametrize("missing", [NAMES, NAMES[2:3]])
-def test_no_network(data_dir: Path, main: Callable, missing: list[str]) -> None:
+def test_no_network(data_dir, main, missing):
     """It says first that it downloads, and leaves what is there as it is."""
     raw = data_dir / RAW
     for name in missing:
@@ -248,9 +226,7 @@ def test_no_network(data_dir: Path, main: Callable, missing: list[str]) -> None:
     assert os.listdir(raw) == before and not os.path.exists("runs")
 
 
-def test_a_mirror_that_does_not_answer(
-    tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mirror_that_does_not_answer(tmp_path, main, monkeypatch):
     """It is given up soon, here sooner; what else uses the network has its own patience again."""
     asked, set_patience = [], socket.setdefaulttimeout
 
@@ -273,7 +249,7 @@ def test_a_mirror_that_does_not_answer(
 
 
 @pytest.mark.parametrize("place", [RAW, Path()])
-def test_other_names_in_a_read_only_folder(place: Path, data_dir: Path, main: Callable) -> None:
+def test_other_names_in_a_read_only_folder(place, data_dir, main):
     """As Kaggle's, which may also lie where no folder MNIST/raw can be made."""
     for name in NAMES:
         path = data_dir / RAW / name
@@ -286,53 +262,9 @@ def test_other_names_in_a_read_only_folder(place: Path, data_dir: Path, main: Ca
     assert code == 1 and says_missing(error, data_dir, found) and "Traceback" not in error
 
 
-def test_files_that_may_not_be_read(data_dir: Path, main: Callable) -> None:
+def test_files_that_may_not_be_read(data_dir, main):
     """They are not damaged, as far as anybody knows."""
     found = ", ".join(os.listdir(data_dir / RAW))
     with read_only(data_dir, mode=0o000):
         code, _, error = main(*small(data_dir=data_dir))
     assert code == 1 and says_missing(error, data_dir, found) and "Permission denied" in error
-
-
-@pytest.fixture
-def compressed(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with .gz files in the place of the four; torchvision has a list with their MD5."""
-    raw, resources = data_dir / RAW, []
-    for name in NAMES:
-        content = gzip.compress((raw / name).read_bytes())
-        (raw / f"{name}.gz").write_bytes(content)
-        (raw / name).unlink()
-        resources.append((f"{name}.gz", hashlib.md5(content).hexdigest()))
-    monkeypatch.setattr(MNIST, "resources", resources)
-    return data_dir
-
-
-def test_compressed_files_at_hand_are_used(compressed: Path, tmp_path: Path) -> None:
-    data, unpacked = load(compressed), load(write_mnist(tmp_path / "unpacked"))
-    assert all(map(torch.equal, data.examples, unpacked.examples))
-    (compressed / RAW / NAMES[0]).unlink()
-    (compressed / RAW / f"{NAMES[0]}.gz").write_bytes(b"half a file")
-    with pytest.raises(OSError, match=f"put {NAMES[0]}"):
-        load(compressed)
-
-
-def test_an_interrupted_unpacking(
-    compressed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """It leaves a part of the last file, which is seen; what the message says mends it."""
-    read = gzip.GzipFile.read
-
-    def interrupted(file: gzip.GzipFile, *size: int) -> bytes:
-        if Path(file.name).stem == NAMES[3]:
-            raise KeyboardInterrupt
-        return read(file, *size)
-
-    shutil.copytree(compressed, tmp_path / "again")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(gzip.GzipFile, "read", interrupted)
-        load(compressed)
-    assert (compressed / RAW / NAMES[3]).exists()
-    assert_damaged(compressed)
-    shutil.rmtree(compressed / RAW)
-    shutil.copytree(tmp_path / "again" / RAW, compressed / RAW)
-    assert len(load(compressed).test_images) == 60

@@ -3,18 +3,14 @@
 import io
 import os
 import sys
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import RUN, SCRIPT, SECOND, at, full, rows, small
+from conftest import RUN, SCRIPT, at, full, rows, small
 
 import m2n2_mnist as script
 from m2n2_mnist import M2N2
 
-TEXT = SCRIPT.read_text(encoding="utf-8")
 FAST = {"iterations": 6, "test_every": 3}
 ENVIRONMENTS = {  # what launchers leave behind
     "srun": "SLURM_JOB_ID=1 SLURM_JOB_NAME=x SLURM_NTASKS=2 SLURM_PROCID=1 SLURM_LOCALID=1 "
@@ -26,45 +22,33 @@ ENVIRONMENTS = {  # what launchers leave behind
 }
 
 
-ODD = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONWARNINGS": "error"}
-
-
+@pytest.mark.usefixtures("no_figure")
 @pytest.mark.parametrize("launcher", ENVIRONMENTS)
-def test_an_environment_that_names_a_rank(
-    launcher: str, data_dir: Path, run_script: Callable
-) -> None:
-    """One process writes its files and waits for nobody; in ASCII, each warning an error.
-
-    Two runs, for the ± of their mean.
-    """
-    variables = dict(pair.split("=") for pair in ENVIRONMENTS[launcher].split())
-    flags = small(data_dir=data_dir, runs=2, **FAST)
-    run = run_script(*flags, env={**os.environ, **ODD, **variables, "OMP_NUM_THREADS": "1"})
-    assert run.returncode == 0 and "1 process(es)" in run.stdout, run.stderr
-    assert "Mean Test Accuracy of 2 runs" in run.stdout and "Evolving Models" in run.stderr
-    assert len(rows(RUN)) == len(rows(SECOND)) == 2 == len(os.listdir(RUN.parent))
+def test_an_environment_that_names_a_rank(launcher, data_dir, main, monkeypatch):
+    """One process writes its files and waits for nobody."""
+    for variable in ENVIRONMENTS[launcher].split():
+        monkeypatch.setenv(*variable.split("="))
+    code, out, error = main(*small(data_dir=data_dir, **FAST))
+    assert code == 0 and "1 process(es)" in out and "Evolving Models" in error, error
+    assert len(rows(RUN)) == 2
 
 
-def test_jobs_started_together_have_folders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them come to make the first folder, and the one around it, at the same instant."""
-    barrier, mkdir, waited = threading.Barrier(3), os.mkdir, set()
+def test_jobs_started_together_have_folders_of_their_own(monkeypatch):
+    """Another makes each folder but the last an instant before this one does."""
+    mkdir = os.mkdir
 
-    def together(path: str, *mode: int) -> None:
-        first = (threading.get_ident(), Path(path).name)
-        if first not in waited and first[1] in ("m2n2_mnist", "version_0"):
-            waited.add(first)
-            barrier.wait(60)
+    def beaten(path, *mode):
+        if Path(path).name != "version_1" and not os.path.exists(path):
+            mkdir(path, *mode)
         mkdir(path, *mode)
 
-    monkeypatch.setattr(os, "mkdir", together)
-    with ThreadPoolExecutor(3) as jobs:
-        folders = list(jobs.map(script.new_folder, ["runs"] * 3))
-    assert sorted(folders) == [RUN.with_name(f"version_{number}") for number in range(3)]
-    assert all((folder / SCRIPT.name).read_bytes() == SCRIPT.read_bytes() for folder in folders)
+    monkeypatch.setattr(os, "mkdir", beaten)
+    folder = script.new_folder("runs")
+    assert folder == RUN.with_name("version_1") and not os.listdir(RUN)
 
 
 # --- Consoles ---
-def test_help_where_a_sign_cannot_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_where_a_sign_cannot_be_shown(monkeypatch):
     """A Windows console's default, in which there is no σ."""
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "cp1252", write_through=True))
@@ -84,13 +68,13 @@ class Bare:
 
 @pytest.mark.usefixtures("no_figure")
 @pytest.mark.parametrize("kind", [Bare, io.StringIO, lambda: None])
-def test_other_streams(kind: Callable, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_streams(kind, data_dir, monkeypatch):
     """Or none, where it was closed; a row that cannot be written needs them too."""
     streams = [kind(), kind()]
-    with monkeypatch.context() as patch:
+    moment = at(M2N2, "_measure", lambda: full("metrics.csv"), iteration=40)
+    with monkeypatch.context() as patch, moment:
         patch.setattr(sys, "stdout", streams[0])
         patch.setattr(sys, "stderr", streams[1])
-        at(patch, M2N2, "_measure", lambda: full("metrics.csv"), iteration=40)
         script.main(small(data_dir=data_dir))
     assert len(rows(RUN)) == 3
     for stream, words in zip(streams, ("Evolution finished.", "60/60"), strict=True):
@@ -98,25 +82,23 @@ def test_other_streams(kind: Callable, data_dir: Path, monkeypatch: pytest.Monke
 
 
 # --- The script without a file ---
-def test_from_standard_input(data_dir: Path, run_script: Callable) -> None:
-    """With standard error closed, as some schedulers do."""
-    with open(SCRIPT, encoding="utf-8") as text:
-        closed = {"preexec_fn": lambda: os.close(2)}
-        run = run_script(*small(data_dir=data_dir, **FAST), path="-", stdin=text, **closed)
-    assert run.returncode == 0 and "Evolution finished." in run.stdout
-    assert len(rows(RUN)) == 2 and not (RUN / SCRIPT.name).exists()  # there is none to copy
+WITHOUT_A_FILE = {  # what Python then says of the file, and the arguments
+    "pasted into a notebook": ({}, "/usr/lib/colab_kernel_launcher.py -f /root/kernel-1.json"),
+    "from standard input": ({"__file__": "<stdin>"}, "- --test-every=3"),
+}
 
 
 @pytest.mark.usefixtures("no_figure")
-@pytest.mark.parametrize("kernel", ["ipykernel_launcher.py", "/usr/lib/colab_kernel_launcher.py"])
-def test_pasted_into_a_notebook(
-    kernel: str, data_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It runs, and is not given the kernel's own arguments; as under -OO."""
-    monkeypatch.setattr(sys, "argv", [kernel, "-f", "/root/kernel-1.json"])
-    edits = "ITERATIONS, TEST_EVERY, ACCELERATOR, IMAGE_SIZE = 6, 3, 'cpu', 7"
-    cell = {"__name__": "__main__", "__doc__": None}
-    exec(compile(TEXT.replace("\n\n\n", f"\n{edits}\n\n\n", 1), "", "exec", optimize=2), cell)
-    assert len(rows(RUN)) == 2 and not (RUN / SCRIPT.name).exists()
+@pytest.mark.parametrize("how", WITHOUT_A_FILE)
+def test_the_script_without_a_file(how, data_dir, monkeypatch):
+    """It runs, and is not given a kernel's own arguments; as under -OO."""
+    file, argv = WITHOUT_A_FILE[how]
+    monkeypatch.setattr(sys, "argv", argv.split())
+    edits = "ITERATIONS, TEST_EVERY, ACCELERATOR, IMAGE_SIZE = 6, 2, 'cpu', 7"
+    text = SCRIPT.read_text(encoding="utf-8").replace("\n\n\n", f"\n{edits}\n\n\n", 1)
+    cell = {"__name__": "__main__", "__doc__": None, **file}
+    exec(compile(text, "", "exec", optimize=2), cell)
+    assert len(rows(RUN)) == (2 if file else 3)
+    assert not (RUN / SCRIPT.name).exists()  # there is none to copy
     with pytest.raises(SystemExit, match="0"):
         cell["main"]("--help")

@@ -1,19 +1,18 @@
 """The equations of M2N2 against plain NumPy loops, and what must hold of any run."""
 
 import math
-import tracemalloc
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from conftest import all_models, all_scores, make_m2n2
-from settings import GA, digits
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from m2n2_mnist import M2N2, MLP, get_params, set_params
 
+STILL = {"mutation_std": 0.0, "final_mutation_std": 0.0}
 SCORES = ("correct", "probability")
 every_score = pytest.mark.parametrize("score", SCORES)
 every_fitness = pytest.mark.parametrize(
@@ -52,10 +51,7 @@ def reference_crossover(m2n2: M2N2, w: float, split: int) -> list[float]:
 
 
 def reference_scores(m2n2: M2N2, params: Tensor, score: str) -> np.ndarray:
-    """Softmax probability of the true class, or 1 if its logit is the highest, of `make_m2n2`'s.
-
-    On all training examples.
-    """
+    """Softmax probability of the true class, or 1 if its logit is the highest; all examples."""
     w1, b1, w2, b2 = (x.double().numpy() for x in params.split([30, 5, 50, 10]))
     images, labels = m2n2.train_images.double().numpy(), m2n2.train_labels.tolist()
     units = np.maximum(images @ w1.reshape(5, 6).T + b1, 0)
@@ -82,18 +78,13 @@ def twin(m2n2: M2N2) -> torch.Generator:
 
 # --- Fitness, parents, crossover, mutation, scores, update: an iteration's order ---
 @every_fitness
-def test_fitness(score: str, alpha: float) -> None:
-    """It sums to the covered examples where α is 1."""
+def test_fitness(score, alpha):
     m2n2 = make_m2n2(score=score, alpha=alpha)
     for seed in range(5):
         all_scores(m2n2).copy_(random_scores(5, score, seed))
         for scores in (m2n2.scores, all_scores(m2n2)):
-            found = m2n2._update_fitness(scores)[0]
             expected = reference_fitness(scores.double().numpy(), alpha)
-            np.testing.assert_allclose(found, expected, rtol=1e-5)
-            if alpha == 1:
-                covered = scores.any(dim=0).sum().item()
-                assert found.sum().item() == pytest.approx(covered, rel=1e-5)
+            np.testing.assert_allclose(m2n2._update_fitness(scores)[0], expected, rtol=1e-5)
 
 
 def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> None:
@@ -107,9 +98,7 @@ def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> None:
 
 @every_fitness
 @pytest.mark.parametrize("attraction", [True, False])
-def test_parents_are_drawn_by_fitness_and_attraction(
-    score: str, alpha: float, attraction: bool
-) -> None:
+def test_parents_are_drawn_by_fitness_and_attraction(score, alpha, attraction):
     m2n2 = make_m2n2(score=score, alpha=alpha, use_attraction=attraction)
     m2n2.scores.copy_(random_scores(4, score, seed=3))
     m2n2.scores[3] = 0  # never the first parent, never attractive
@@ -125,7 +114,7 @@ def test_parents_are_drawn_by_fitness_and_attraction(
         chi_square(counts[first], second / second.sum())
 
 
-def test_second_parent_is_the_first_where_nobody_does_better() -> None:
+def test_second_parent_is_the_first_where_nobody_does_better():
     m2n2 = make_m2n2()
     m2n2.scores.fill_(0.5)
     parents = [m2n2._select_parents() for _ in range(50)]
@@ -135,7 +124,7 @@ def test_second_parent_is_the_first_where_nobody_does_better() -> None:
 
 @pytest.mark.parametrize("ablation", ["none", "use_split_point", "use_crossover"])
 @pytest.mark.parametrize("seed", range(5))
-def test_crossover(seed: int, ablation: str) -> None:
+def test_crossover(seed, ablation):
     m2n2 = make_m2n2(seed=seed, **({} if ablation == "none" else {ablation: False}))
     m2n2.archive.normal_(generator=torch.Generator().manual_seed(seed))
     draws, split = twin(m2n2), m2n2.archive.shape[1]
@@ -149,43 +138,33 @@ def test_crossover(seed: int, ablation: str) -> None:
         np.testing.assert_allclose(child, reference_crossover(m2n2, w, split), rtol=1e-4, atol=1e-6)
 
 
-def assert_mutates(m2n2: M2N2, sigma: float, prior: float) -> None:
-    child = torch.linspace(-1, 1, m2n2.archive.shape[1])
-    noise = torch.randn(len(child), generator=twin(m2n2)).double().numpy()
-    kept = math.sqrt(max(0, 1 - (sigma / prior) ** 2)) if prior else 1
-    expected = kept * child.double().numpy() + sigma * noise
-    np.testing.assert_allclose(m2n2._mutate(child), expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("prior", [0.0, 0.2])
-@pytest.mark.parametrize("sigma", [0.0, 0.1, 0.19])
-def test_mutation(sigma: float, prior: float) -> None:
-    """child + σ N(0, 1); with a prior child · √(1 - (σ / prior)²) + σ N(0, 1)."""
-    m2n2 = make_m2n2(prior_std=prior, mutation_std=sigma, final_mutation_std=sigma)
-    m2n2.evolve(1)  # which sets σ
-    assert_mutates(m2n2, sigma, prior)
-
-
 @pytest.mark.parametrize("prior", [0.0, 0.22])
 @pytest.mark.parametrize(("given", "pieces"), [(0, (8, 2)), (8, (3, 1, 4, 2))])
-def test_mutation_follows_its_schedule(given: int, pieces: tuple[int, ...], prior: float) -> None:
-    """Half a cosine over the first `evolve`, or over the schedule, and constant beyond its end.
+def test_mutation(given, pieces, prior):
+    """child + σ N(0, 1), or with a prior child · √(1 - (σ / prior)²) + σ N(0, 1).
 
-    What is left of the child is by the σ of the day.
+    σ falls by half a cosine over the first `evolve`, or over the schedule, and is constant then.
     """
     settings = {"mutation_std": 0.2, "final_mutation_std": 0.1, "prior_std": prior}
     m2n2 = make_m2n2(**settings, schedule=given)
-    sigmas = [0.1 + 0.1 * (1 + math.cos(math.pi * min(t, 8) / 8)) / 2 for t in range(10)]
+    child = torch.linspace(-1, 1, m2n2.archive.shape[1])
+
+    def after_row(row: dict[str, float]) -> None:
+        t = min(row["iteration"] - 1, 8)
+        sigma = 0.1 + 0.1 * (1 + math.cos(math.pi * t / 8)) / 2
+        noise = torch.randn(len(child), generator=twin(m2n2)).double().numpy()
+        kept = math.sqrt(1 - (sigma / prior) ** 2) if prior else 1
+        expected = kept * child.double().numpy() + sigma * noise
+        np.testing.assert_allclose(m2n2._mutate(child), expected, rtol=1e-5, atol=1e-6)
+
     for iterations in pieces:
-        m2n2.evolve(
-            iterations, 1, lambda row: assert_mutates(m2n2, sigmas[row["iteration"] - 1], prior)
-        )
+        m2n2.evolve(iterations, 1, after_row)
     assert m2n2.schedule == 8 and m2n2.iteration == 10
 
 
 @pytest.mark.parametrize("eval_batch_size", [0, 1, 7, 39, 41])
 @every_score
-def test_scores_are_those_of_the_model(score: str, eval_batch_size: int) -> None:
+def test_scores_are_those_of_the_model(score, eval_batch_size):
     m2n2 = make_m2n2(score=score, temperature=0.5, eval_batch_size=eval_batch_size)
     params = torch.randn(m2n2.archive.shape[1], generator=torch.Generator().manual_seed(0))
     m2n2._evaluate(params)
@@ -195,12 +174,11 @@ def test_scores_are_those_of_the_model(score: str, eval_batch_size: int) -> None
 
 
 @every_score
-def test_a_tie_for_the_highest_logit_is_wrong(score: str) -> None:
+def test_a_tie_for_the_highest_logit_is_wrong(score):
     """Or a model whose logits are all equal would be right everywhere, for scores and accuracy."""
     tied = MLP(6, 5)
     set_params(tied, torch.cat([torch.zeros(85), torch.ones(10)]))
-    still = {"mutation_std": 0.0, "final_mutation_std": 0.0}
-    m2n2 = make_m2n2(score=score, initial_models=[tied, tied], **still)
+    m2n2 = make_m2n2(score=score, initial_models=[tied, tied], **STILL)
     m2n2.evolve(3)
     (row,) = m2n2.history
     assert row["train_acc"] == row["test_acc"] == row["coverage"] == row["diversity"] == 0
@@ -208,7 +186,7 @@ def test_a_tie_for_the_highest_logit_is_wrong(score: str) -> None:
 
 
 @every_fitness
-def test_archive_update(score: str, alpha: float) -> None:
+def test_archive_update(score, alpha):
     """Of the K + 1 the worst goes, of equals the first."""
     m2n2, gone = make_m2n2(score=score, alpha=alpha), set()
     for seed in range(40):
@@ -227,7 +205,7 @@ def test_archive_update(score: str, alpha: float) -> None:
 
 @pytest.mark.parametrize("archive_size", [2, 4, 9, 20])
 @pytest.mark.parametrize("examples", [40, 1_437])
-def test_of_equals_the_first_member_goes(archive_size: int, examples: int) -> None:
+def test_of_equals_the_first_member_goes(archive_size, examples):
     m2n2 = make_m2n2(examples=examples, archive_size=archive_size)
     all_models(m2n2)[:] = torch.arange(archive_size + 1.0)[:, None]
     all_scores(m2n2)[:] = torch.rand(examples)
@@ -236,31 +214,29 @@ def test_of_equals_the_first_member_goes(archive_size: int, examples: int) -> No
 
 
 # --- The start ---
-def test_the_random_start() -> None:
+def test_the_random_start():
     m2n2 = make_m2n2(hidden=500, init_std=0.25, archive_size=3)
     assert sorted(m2n2.archive.std(dim=1).tolist()) == pytest.approx([0, 0.25, 0.25], rel=0.1)
 
 
-def test_initial_models_take_the_place_of_random_ones() -> None:
-    models = [MLP(6, 5, 10), MLP(6, 5, 10)]
+def test_initial_models_take_the_place_of_random_ones():
+    models = [MLP(6, 5), MLP(6, 5)]
     for model in models:
         model.output.bias.data.zero_()
-    still = {"mutation_std": 0.0, "final_mutation_std": 0.0}
-    m2n2 = make_m2n2(initial_models=(model for model in models), **still)
+    m2n2 = make_m2n2(initial_models=(model for model in models), **STILL)
     found = {tuple(row.tolist()) for row in m2n2.archive if row.any()}
     assert found == {tuple(get_params(model).tolist()) for model in models}
-    more = make_m2n2(archive_size=2, initial_models=[*models, MLP(6, 5, 10)])
-    assert more.archive.any(dim=1).all()
     m2n2.evolve(50)
-    assert m2n2.archive.any(dim=1).all()
     assert len({tuple(row.tolist()) for row in m2n2.archive}) == 4
     # What both have as zero stays zero: merged, never mutated.
-    assert not m2n2.archive[:, -10:].any()
+    assert m2n2.archive.any(dim=1).all() and not m2n2.archive[:, -10:].any()
+    more = make_m2n2(archive_size=2, initial_models=[*models, MLP(6, 5)])
+    assert more.archive.any(dim=1).all()
 
 
 # --- Runs ---
 @every_subset
-def test_same_seed_same_bits_in_one_or_in_pieces(subset: dict) -> None:
+def test_same_seed_same_bits_in_one_or_in_pieces(subset):
     one, two, other = (make_m2n2(seed=seed, **subset) for seed in (5, 5, 6))
     pieces = make_m2n2(seed=5, schedule=100, **subset)
     for m2n2 in (one, two, other):
@@ -270,23 +246,19 @@ def test_same_seed_same_bits_in_one_or_in_pieces(subset: dict) -> None:
     assert torch.equal(one.archive, two.archive) and one.history == two.history
     assert torch.equal(one.archive, pieces.archive) and not torch.equal(one.archive, other.archive)
     assert [row["iteration"] for row in one.history] == [30, 60, 90, 100]
-    # A row at the end of each piece.
     assert [row["iteration"] for row in pieces.history] == [30, 31, 60, 90, 100]
 
 
 @pytest.mark.parametrize("iteration", [25, 30, 50])
 @every_subset
-def test_evolve_goes_on_where_it_stopped(subset: dict, iteration: int) -> None:
-    """From the state of any row, as at the start and in the middle of a subset's period.
-
-    The state is a copy, no view of a larger buffer, and leaves another schedule as it is.
-    """
+def test_evolve_goes_on_where_it_stopped(subset, iteration):
+    """At the start or in the middle of a subset's period; another schedule stays as it is."""
     whole, resumed, states = make_m2n2(**subset), make_m2n2(seed=9, **subset), {}
     longer = make_m2n2(schedule=500, **subset)
     whole.evolve(100, 5, lambda row: states.update({row["iteration"]: whole.state_dict()}))
     state = states[iteration]
     for value in state.values():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor):  # is no view of a larger buffer
             assert value.untyped_storage().nbytes() == value.nbytes
     for m2n2 in (resumed, longer):
         m2n2.load_state_dict(state)
@@ -300,18 +272,15 @@ def test_evolve_goes_on_where_it_stopped(subset: dict, iteration: int) -> None:
     assert (resumed.schedule, longer.schedule) == (100, 500)
 
 
-def test_the_state_of_another_evolution_is_refused() -> None:
+def test_the_state_of_another_evolution_is_refused():
     state = make_m2n2().state_dict()
-    for settings, says in (
-        ({"archive_size": 3}, r"archive is \(3, 95\), that of the state \(4, 95\)"),
-        ({"subset_size": 15}, r"subset is \(15,\), that of the state \(40,\)"),
-    ):
-        with pytest.raises(ValueError, match=says):
+    for settings in ({"archive_size": 3}, {"subset_size": 15}):
+        with pytest.raises(RuntimeError, match="size of tensor"):
             make_m2n2(**settings).load_state_dict(state)
 
 
 @every_subset
-def test_evolve_fills_the_tensors_of_the_state_and_replaces_none(subset: dict) -> None:
+def test_evolve_fills_the_tensors_of_the_state_and_replaces_none(subset):
     """A CUDA graph goes on with those that it was captured with."""
     m2n2 = make_m2n2(prior_std=0.2, **subset)
     state = m2n2.state_dict()
@@ -327,29 +296,10 @@ def test_evolve_fills_the_tensors_of_the_state_and_replaces_none(subset: dict) -
     assert tensors() == before
 
 
-def test_competition_beats_the_genetic_algorithm() -> None:
-    """2,000 children on scikit-learn's digits.
-
-    86 to 87 % with competition and attraction, 65 to 67 without.
-    """
-    pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
-    train, train_labels, test, test_labels = digits()
-    images, labels = torch.cat([train, test]), torch.cat([train_labels, test_labels])
-    images = (images - images.mean(dim=0)) / images.std()
-    settings = {"archive_size": 10, "score": "probability", "temperature": 0.67, "init_std": 0.01}
-    settings |= {"mutation_std": 0.03, "final_mutation_std": 0.0075, "prior_std": 0.0}
-    accuracy = {}
-    for method, ablation in (("M2N2", {}), ("GA", GA)):
-        m2n2 = M2N2(MLP(64, 16), images, labels, images, labels, seed=0, **settings | ablation)
-        m2n2.evolve(2_000)
-        accuracy[method] = m2n2.history[-1]["train_acc"]
-    assert accuracy["M2N2"] > 0.8 and 0.4 < accuracy["GA"] < 0.72
-
-
 # --- What is measured ---
 @pytest.mark.parametrize("iterations", [1, 20])  # with an empty slot, and without
 @every_subset
-def test_a_row_of_history_and_the_best_model(subset: dict, iterations: int) -> None:
+def test_a_row_of_history_and_the_best_model(subset, iterations):
     """Over all training examples; test data steers nothing."""
     m2n2 = make_m2n2(mutation_std=0.3, final_mutation_std=0.3, **subset)  # which keeps them apart
     with pytest.raises(ValueError, match="no best model before the first row"):
@@ -374,7 +324,7 @@ def test_a_row_of_history_and_the_best_model(subset: dict, iterations: int) -> N
     assert row["diversity"] == pytest.approx(disagree / len(pairs) / 40) and disagree > 0
 
 
-def test_acceptance_is_that_of_the_children_since_the_last_row() -> None:
+def test_acceptance_is_that_of_the_children_since_the_last_row():
     m2n2, each, accepted = make_m2n2(schedule=80), make_m2n2(schedule=80), []
     archive = each.archive.clone()
 
@@ -393,7 +343,7 @@ def test_acceptance_is_that_of_the_children_since_the_last_row() -> None:
     assert 0 < sum(accepted) < 80 and len(set(shares)) > 1
 
 
-def test_ensemble_is_the_mean_of_probabilities() -> None:
+def test_ensemble_is_the_mean_of_probabilities():
     m2n2 = make_m2n2(examples=500, temperature=4.0)
     m2n2.archive.normal_(generator=torch.Generator().manual_seed(0))
 
@@ -409,7 +359,7 @@ def test_ensemble_is_the_mean_of_probabilities() -> None:
 # --- Odd values ---
 @every_score
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
-def test_overflow_never_enters(score: str, bad: float) -> None:
+def test_overflow_never_enters(score, bad):
     """Neither empty slots nor a full archive."""
     m2n2 = make_m2n2(score=score)
     signs = torch.randn(m2n2.archive.shape[1], generator=torch.Generator().manual_seed(0)).sign()
@@ -425,7 +375,7 @@ def test_overflow_never_enters(score: str, bad: float) -> None:
 
 
 @every_score
-def test_an_archive_that_stays_empty(score: str) -> None:
+def test_an_archive_that_stays_empty(score):
     """All overflow, the two at the start too: what is measured is 0, not NaN."""
     m2n2 = make_m2n2(score=score, init_std=1e30, mutation_std=1e30, final_mutation_std=1e30)
     m2n2.evolve(100)
@@ -433,34 +383,17 @@ def test_an_archive_that_stays_empty(score: str) -> None:
     assert m2n2.history == [dict.fromkeys(m2n2.history[-1], 0) | {"iteration": 100}]
 
 
-@every_score
-def test_odd_data(score: str) -> None:
-    """Fewer examples than members; one class only; nobody ever right."""
-    images, labels = torch.randn(40, 6), torch.zeros(40, dtype=torch.long)
-    one_class = M2N2(MLP(6, 5), images, labels, images, labels, score=score)
-    constant = make_m2n2(score=score, init_std=1e-12, mutation_std=0.0, final_mutation_std=0.0)
-    constant.scores.zero_()
-    for m2n2 in (make_m2n2(1, score=score), make_m2n2(3, score=score), one_class, constant):
-        m2n2.evolve(30)
-        assert m2n2.archive.isfinite().all()
-
-
-WRONG = [
-    ("score", "accuracy"),
-    ("archive_size", 1),
-    ("temperature", 0.0),
-    ("temperature", math.nan),
-]
-WRONG += [("alpha", -0.1), ("alpha", math.nan), ("prior_std", 0.05), ("prior_std", 0.1)]
+WRONG = [("score", "accuracy"), ("archive_size", 1), ("prior_std", 0.05), ("prior_std", 0.1)]
+WRONG += [("temperature", 0.0), ("temperature", math.nan), ("alpha", -0.1), ("alpha", math.nan)]
 
 
 @pytest.mark.parametrize(("setting", "value"), WRONG)
-def test_a_setting_that_would_go_wrong_in_silence(setting: str, value: object) -> None:
+def test_a_setting_that_would_go_wrong_in_silence(setting, value):
     with pytest.raises(ValueError, match=f"^{setting} is '?{value}'?, accepted"):
         make_m2n2(**{setting: value})
 
 
-# --- Interrupts, memory ---
+# --- Interrupts ---
 class InterruptAt(TorchDispatchMode):
     """Ctrl-C after the n-th operation."""
 
@@ -475,12 +408,8 @@ class InterruptAt(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def test_evolution_goes_on_after_an_interrupt() -> None:
-    """At whatever operation of a child it comes.
-
-    At most one member, between the copies of its scores and of its parameters, is mixed; it is
-    whole again in the state.
-    """
+def test_evolution_goes_on_after_an_interrupt():
+    """At whatever operation of a child. One member may be mixed then; it is whole in the state."""
     m2n2, operation, done = make_m2n2(), 0, False
     while not done:
         try:
@@ -496,12 +425,3 @@ def test_evolution_goes_on_after_an_interrupt() -> None:
     assert operation > 30
     m2n2.evolve(10)
     assert m2n2.iteration == 10
-
-
-def test_memory_does_not_grow_with_the_iterations() -> None:
-    m2n2 = make_m2n2(subset_size=15, subset_every=50)
-    m2n2.evolve(200, test_every=10_000)
-    tracemalloc.start()
-    m2n2.evolve(1_000, test_every=10_000)
-    assert tracemalloc.get_traced_memory()[0] < 50_000
-    tracemalloc.stop()

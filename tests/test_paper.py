@@ -10,17 +10,16 @@ from settings import digits, train_specialists
 from m2n2_mnist import get_params
 
 
-def test_parameter_orders_are_of_the_same_function() -> None:
+def test_parameter_orders_are_of_the_same_function():
     images, labels, *_ = digits()
     for mlp in train_specialists(images, labels, seed=42):
         by_pixel = MLPByPixel(mlp)
         torch.testing.assert_close(by_pixel(images), mlp(images), rtol=1e-4, atol=1e-4)
-        assert torch.equal(
-            get_params(by_pixel)[:256], mlp.hidden.weight[:, 0]
-        )  # all weights of the first pixel
+        of_the_first_pixel = mlp.hidden.weight[:, 0]
+        assert torch.equal(get_params(by_pixel)[:256], of_the_first_pixel)
 
 
-def test_merging_surpasses_both_specialists() -> None:
+def test_merging_surpasses_both_specialists():
     """A grid of SLERPs is at least as good as its ends, M2N2 better."""
     m2n2 = experiment("M2N2", "by input pixel", pretrained=True, seed=42)
     evaluator, (a, b) = Evaluator(m2n2), m2n2.archive[:2].clone()
@@ -32,7 +31,7 @@ def test_merging_surpasses_both_specialists() -> None:
 
 
 @pytest.mark.slow
-def test_experiment_1_of_the_paper() -> None:
+def test_experiment_1_of_the_paper():
     """Five seeds, a quarter of an hour on two cores."""
     methods = ["M2N2", "M2N2 without crossover", "GA"]
     accuracies = show_table("scratch", methods, range(42, 47), PASSES["scratch"])

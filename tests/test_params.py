@@ -2,39 +2,34 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from m2n2_mnist import MLP, get_params, set_params, slerp
 
 
-def test_mlp_of_the_paper() -> None:
-    model, images = MLP(64, 256), torch.randn(7, 1, 8, 8)
-    w1, b1, w2, b2 = (parameter.detach().double().numpy() for parameter in model.parameters())
-    pixels = images.flatten(1).double().numpy()
-    expected = np.maximum(pixels @ w1.T + b1, 0) @ w2.T + b2
-    before = images.clone()
-    np.testing.assert_allclose(model(images).detach(), expected, atol=1e-5)
-    assert len(get_params(model)) == 19_210 and torch.equal(images, before)
-
-
-@pytest.mark.parametrize("classes", [3, 16, 17])
-def test_the_mlp_is_the_plain_formula(classes: int) -> None:
-    """Its in-place ReLU and its padded output layer have the logits and the gradients of it."""
-    model, images = MLP(6, 5, classes), torch.randn(9, 6)
-    plain = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, classes))
+@pytest.mark.parametrize(
+    "inputs, hidden, classes", [(64, 256, 10), (6, 5, 3), (6, 5, 16), (6, 5, 17)]
+)
+def test_the_mlp_is_the_plain_formula(inputs, hidden, classes):
+    """Its in-place ReLU and its padded output layer have its logits and gradients."""
+    model, images = MLP(inputs, hidden, classes), torch.randn(9, 1, inputs)
+    plain = nn.Sequential(
+        nn.Flatten(), nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, classes)
+    )
     set_params(plain, get_params(model))
+    before = images.clone()
     for network in (model, plain):
         nn.functional.cross_entropy(network(images), torch.arange(9) % 3).backward()
     torch.testing.assert_close(model(images), plain(images))
     for one, two in zip(model.parameters(), plain.parameters(), strict=True):
         assert one.grad.any()
         torch.testing.assert_close(one.grad, two.grad)
+    assert torch.equal(images, before)
 
 
-def test_params_round_trip_and_order() -> None:
+def test_params_round_trip_and_order():
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
     vector = torch.arange(11.0)
     set_params(model, vector)
@@ -49,29 +44,16 @@ def test_params_round_trip_and_order() -> None:
             set_params(model, torch.zeros(length))
 
 
-def test_slerp_by_hand() -> None:
+def test_slerp_by_hand():
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     third = torch.tensor([math.cos(math.pi / 6), math.sin(math.pi / 6)])
     torch.testing.assert_close(slerp(1 / 3, a, b), third)
-    both = slerp(torch.tensor([0.0, 1.0]), a, 2 * b)  # one t for each parameter
-    torch.testing.assert_close(both, torch.tensor([1.0, 2.0]))
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_slerp_properties(seed: int) -> None:
-    torch.manual_seed(seed)
-    a, b, t = torch.randn(50), torch.randn(50), torch.rand(()).item()
-    assert torch.equal(slerp(0, a, b), a) and torch.equal(slerp(1, a, b), b)
-    torch.testing.assert_close(slerp(t, a, b), slerp(1 - t, b, a))
-    a, b = a / a.norm(), b / b.norm()
-    middle = slerp(t, a, b)
-    assert middle.norm().item() == pytest.approx(1, abs=1e-5)
-    omega = math.acos(torch.dot(a, b))
-    assert math.acos(torch.dot(a, middle).clamp(-1, 1)) == pytest.approx(t * omega, abs=1e-3)
+    ends = slerp(torch.tensor([0.0, 1.0]), a, 2 * b)  # one t for each parameter
+    torch.testing.assert_close(ends, torch.tensor([1.0, 2.0]))
 
 
 @pytest.mark.parametrize("t", [0, 0.25, 0.5, 1, torch.tensor([0.1, 0.6, 0.9])])
-def test_slerp_where_the_angle_is_of_no_use(t: float | Tensor) -> None:
+def test_slerp_where_the_angle_is_of_no_use(t):
     a, zero = torch.tensor([1.0, -2.0, 3.0]), torch.zeros(3)
     for first, second in ((a, a), (a, 2 * a), (a, -a), (a, zero), (zero, a), (zero, zero)):
         linear = (1 - t) * first + t * second

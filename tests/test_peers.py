@@ -28,7 +28,7 @@ def on_clouds(kind: type[M2N2] = M2N2, examples: int = 400, **settings: object) 
 
 
 @pytest.mark.parametrize("method", SETTINGS)
-def test_keeps_to_its_budget_and_learns(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keeps_to_its_budget_and_learns(method, monkeypatch):
     """On subsets, as far as RESULTS has it on subsets."""
     if method not in (*OURS, "Adam"):
         pytest.importorskip("evotorch", reason="tests/requirements-peers.txt is not installed")
@@ -59,7 +59,7 @@ def test_keeps_to_its_budget_and_learns(method: str, monkeypatch: pytest.MonkeyP
             assert 0.9 * cost <= images <= 1.1 * cost + 400 * (10 + 5 * m2n2.archive_size)
 
 
-def test_log_likelihood_decides_who_stays() -> None:
+def test_log_likelihood_decides_who_stays():
     m2n2 = on_clouds(LogLikelihoodGA, 3, archive_size=3, use_attraction=False)
     m2n2.scores.copy_(torch.tensor([[0.4, 0.4, 0.4], [0.9, 0.9, 0.001], [0.3, 0.3, 0.3]]))
     fitness, _ = m2n2._update_fitness(m2n2.scores)
@@ -73,23 +73,20 @@ def test_log_likelihood_decides_who_stays() -> None:
         assert changed == [gone] * (gone < 3)
 
 
-def test_pgpes_learning_rate_falls_to_its_end() -> None:
+def test_pgpes_learning_rate_falls_to_its_end():
     """From 0 to 0 its centre stays where it is; to 0.1 it moves, more and more."""
     pytest.importorskip("evotorch", reason="tests/requirements-peers.txt is not installed")
     evaluator, start, steps = Evaluator(on_clouds(examples=40)), torch.zeros(346), {}
     for end in (0.0, 0.1):
         centres, evaluator.children = [start], 0
-        settings = SETTINGS["PGPE"] | {
-            "center_learning_rate": 0.0,
-            "final_center_learning_rate": end,
-        }
+        rates = {"center_learning_rate": 0.0, "final_center_learning_rate": end}
         after = partial(lambda seen, centre: seen.append(centre.clone()), centres)
-        search("PGPE", evaluator, start, 3_000, 0, True, after, **settings)
+        search("PGPE", evaluator, start, 3_000, 0, True, after, **SETTINGS["PGPE"] | rates)
         steps[end] = [float((b - a).norm()) for a, b in pairwise(centres)]
     assert steps[0.0] == [0, 0, 0] and 0 < steps[0.1][0] < steps[0.1][1]
 
 
-def test_adam_starts_from_its_seed() -> None:
+def test_adam_starts_from_its_seed():
     """Whatever model it is given, and whatever was drawn before."""
     found = []
     for _ in range(2):
@@ -99,13 +96,12 @@ def test_adam_starts_from_its_seed() -> None:
     assert torch.equal(*found)
 
 
-def test_the_objectives_are_those_of_the_training_examples() -> None:
+def test_the_objectives_are_those_of_the_training_examples():
     m2n2 = on_clouds(examples=50)
     evaluator, params, labels = Evaluator(m2n2), m2n2.archive[0], m2n2.train_labels
     logits = m2n2.logits(params, m2n2.train_images).T
-    torch.testing.assert_close(
-        evaluator.loss(params), torch.nn.functional.cross_entropy(logits, labels).item()
-    )
+    loss = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert evaluator.loss(params) == pytest.approx(loss)
     right = logits.argmax(dim=1) == labels
     odd, even = right[labels % 2 == 1].float().mean(), right[labels % 2 == 0].float().mean()
     assert evaluator.accuracy(params) == pytest.approx(right.float().mean().item())
@@ -113,7 +109,7 @@ def test_the_objectives_are_those_of_the_training_examples() -> None:
     assert evaluator.children == 3
 
 
-def test_the_figure_has_a_line_and_a_label_for_each_method(tmp_path: Path) -> None:
+def test_the_figure_has_a_line_and_a_label_for_each_method(tmp_path):
     """Means over the seeds, against passes; Adam's is a level."""
     for name, last in (("M2N2-42", 97), ("M2N2-43", 98), ("PGPE-42", 96), ("Adam-42", 98.5)):
         rows = ["children,passes,seconds,test_acc", f"2000,900,2.0,{last}"]
@@ -130,7 +126,7 @@ def test_the_figure_has_a_line_and_a_label_for_each_method(tmp_path: Path) -> No
     assert labels == [*expected, "PGPE: 96.00 % (n = 1)"]
 
 
-def test_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_the_command_line(monkeypatch, capsys):
     """Settings by --set, M2N2's checked as the script's; a CSV for each run."""
     argv = ["peers.py", "--methods=GA", "--children=1000", "--set", "alpha=0.5"]
     monkeypatch.setattr("peers.mnist", lambda folder: [*clouds(400, 0), *clouds(400, 1)])

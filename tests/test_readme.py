@@ -1,8 +1,6 @@
 """The README: its snippets and flags are the script's, and its figures stand in the evidence."""
 
 import re
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from conftest import ROOT, RUN, SCRIPT, write_mnist
@@ -18,7 +16,7 @@ def figures(text: str) -> set[str]:
     return set(re.findall(r"\d\d\.\d+(?: ± \d+\.\d+)?(?= %|\*\*| \|| \()", text))
 
 
-def test_the_snippets_run(tmp_path: Path, main: Callable) -> None:
+def test_the_snippets_run(tmp_path, main):
     """One after the other, beside a run of the defaults' model; with fewer iterations."""
     write_mnist(tmp_path / "data")
     code, _, error = main("--iterations=3", "--accelerator=cpu")
@@ -31,7 +29,7 @@ def test_the_snippets_run(tmp_path: Path, main: Callable) -> None:
     assert isinstance(names["model"], torch.nn.Module)
 
 
-def test_the_flags_are_the_scripts(main: Callable) -> None:
+def test_the_flags_are_the_scripts(main):
     commands = re.findall(
         r"m2n2_mnist\.py((?:\s+--[^`#\n]*)?)", README + SCRIPT.read_text(encoding="utf-8")
     )
@@ -40,7 +38,7 @@ def test_the_flags_are_the_scripts(main: Callable) -> None:
     assert len(flags) > 5 and flags <= set(re.findall(r"--[a-z-]+", help_text))
 
 
-def test_what_it_claims_stands_in_the_evidence() -> None:
+def test_what_it_claims_stands_in_the_evidence():
     """Accuracies and commands of the first screen and the table; the docstring has no others."""
     for part in (FIRST_SCREEN, TABLE):
         assert len(figures(part)) >= 2
@@ -51,6 +49,6 @@ def test_what_it_claims_stands_in_the_evidence() -> None:
     assert claims and claims <= figures(FIRST_SCREEN)
 
 
-def test_its_links() -> None:
+def test_its_links():
     for link in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / link).exists(), link

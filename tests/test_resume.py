@@ -1,7 +1,9 @@
-"""A killed run goes on to the same bits, a finished one can be extended; the rest is refused."""
+"""A run that was killed or interrupted goes on to the same bits, a finished one is extended."""
 
 import json
 import os
+import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from conftest import (
     SECOND,
     at,
     checkpoint,
+    flag_of,
     one_line,
     rows,
     same_end,
@@ -20,9 +23,21 @@ from conftest import (
 )
 
 import m2n2_mnist as script
-from m2n2_mnist import CHOICES, FOLDERS, M2N2, RANGES
+from m2n2_mnist import ACCEPTED, M2N2
 
 pytestmark = pytest.mark.usefixtures("no_figure")
+
+MOMENTS = {  # what is called then, after how many children, for which file; the checkpoint left
+    "before the first child": (M2N2, "evolve", 0, "", 0),
+    "in a child": (M2N2, "_mutate", 33, "", 20),
+    "as a subset is chosen": (M2N2, "_choose_subset", 25, "", 20),
+    "at a measurement": (M2N2, "_measure", 40, "", 20),
+    "in metrics.csv": (os, "replace", 40, "metrics.csv", 20),
+    "in the best model": (os, "replace", 40, "best_model.pt", 40),
+    "in the checkpoint": (os, "replace", 40, "checkpoint.pt", 20),
+    "at the last measurement": (M2N2, "test_accuracy", 60, "", 40),
+}
+AT_THE_END = {"at the end": (script, "plot_evolution", 60, "", 60)}
 
 
 class Killed(BaseException):
@@ -33,12 +48,13 @@ def die() -> None:
     raise Killed
 
 
-def kill(
-    main: Callable, flags: list[str], owner: object = M2N2, name: str = "_step", **moment: object
-) -> None:
-    """A run that is killed at that moment, by default in its 34th child."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        at(patch, owner, name, die, **({"iteration": 33} | moment))
+def ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def kill(main: Callable, flags: list[str], moment: tuple = MOMENTS["in a child"]) -> None:
+    owner, name, iteration, file, _ = moment
+    with pytest.raises(Killed), at(owner, name, die, iteration, file=file):
         main(*flags)
 
 
@@ -46,8 +62,9 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+# --- What ends a run ---
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_and_resumed(kills: int, data_dir: Path, main: Callable, spawn: Callable) -> None:
+def test_killed_and_resumed(kills, data_dir, main, spawn):
     """By SIGKILL, some rows later again; the end is that of a run that was never disturbed."""
     flags = small(data_dir=data_dir, iterations=300 + 150 * kills, test_every=10)
     way_on, reached = flags, 0
@@ -65,24 +82,12 @@ def test_killed_and_resumed(kills: int, data_dir: Path, main: Callable, spawn: C
     same_end(RUN, SECOND)
 
 
-MOMENTS = {  # what is called then, after how many children, for which file; the checkpoint left
-    "before the first child": ((M2N2, "evolve", 0, ""), 0),
-    "in a child": ((M2N2, "_mutate", 33, ""), 20),
-    "as a subset is chosen": ((M2N2, "_choose_subset", 25, ""), 20),
-    "at a measurement": ((M2N2, "_measure", 40, ""), 20),
-    "in metrics.csv": ((os, "replace", 40, "metrics.csv"), 20),
-    "in the best model": ((os, "replace", 40, "best_model.pt"), 20),
-    "in the checkpoint": ((os, "replace", 40, "checkpoint.pt"), 20),
-    "at the end": ((script, "plot_evolution", 60, ""), 60),
-}
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_at_a_moment(moment: str, data_dir: Path, main: Callable) -> None:
+@pytest.mark.parametrize("moment", MOMENTS | AT_THE_END)
+def test_killed_at_a_moment(moment, data_dir, main):
     """The last row's checkpoint is all that it needs."""
-    (owner, name, iteration, file), saved = MOMENTS[moment]
-    kill(main, small(data_dir=data_dir), owner, name, iteration=iteration, file=file)
-    assert checkpoint(RUN)["m2n2"]["iteration"] == saved
+    moment = (MOMENTS | AT_THE_END)[moment]
+    kill(main, small(data_dir=data_dir), moment)
+    assert checkpoint(RUN)["m2n2"]["iteration"] == moment[-1]
     for path in RUN.iterdir():
         if path.name not in ("checkpoint.pt", "m2n2_mnist.py"):
             path.unlink()
@@ -92,10 +97,40 @@ def test_killed_at_a_moment(moment: str, data_dir: Path, main: Callable) -> None
     same_end(RUN, SECOND)
 
 
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_ctrl_c(moment, data_dir, main):
+    """In the second of three runs, which alone goes on; the flags that it prints do."""
+    owner, name, iteration, file, saved = MOMENTS[moment]
+    with at(owner, name, ctrl_c, iteration, seed=8, file=file):
+        code, out, error = main(*small(data_dir=data_dir, runs=3, seed=7))
+    assert code == 130 and out.count("Evolution finished.") == 1 and "Mean" not in out, error
+    (flags,) = re.findall(r"^Interrupted\. To go on .*, give no flag but (.+)$", out, re.M)
+    assert out.endswith(f"{flags}\n") and "Traceback" not in error
+    assert checkpoint(SECOND)["m2n2"]["iteration"] == saved
+    assert not list(SECOND.glob("*.tmp"))
+    code, out, error = main(*flags.split())
+    assert code == 0 and f" {saved}/60 " in error.split("\r")[1], error  # where the bar starts
+    assert "seed 8\n" in out and out.count("Evolution finished.") == 1 and "Mean" not in out
+    main(*small(data_dir=data_dir, seed=8))
+    same_end(SECOND, RUN.with_name("version_2"))
+
+
+def test_a_launcher_that_ignores_ctrl_c_is_obeyed(data_dir, spawn):
+    """As nohup's or a shell's background process; SIGTERM then ends it at once, files whole."""
+    ignored = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)}
+    process = spawn(*small(data_dir=data_dir, iterations=10**8), **ignored)
+    wait_for_iteration(process, 20)
+    process.send_signal(signal.SIGINT)
+    wait_for_iteration(process, checkpoint(RUN)["m2n2"]["iteration"] + 40)
+    process.terminate()
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGTERM and "Interrupted" not in out + error
+    assert checkpoint(RUN)["m2n2"]["iteration"] % 20 == 0 and (RUN / "best_model.pt").exists()
+
+
+# --- How a run goes on ---
 @pytest.mark.parametrize("file", ["metrics.csv", "checkpoint.pt"])
-def test_resumed_twice_at_once(
-    file: str, data_dir: Path, main: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_twice_at_once(file, data_dir, main, monkeypatch):
     """The second process makes its whole run in the midst of a file of the first."""
     other = []
 
@@ -105,26 +140,14 @@ def test_resumed_twice_at_once(
             other.append(main(f"--resume={RUN}")[0])
 
     kill(main, small(data_dir=data_dir))
-    with monkeypatch.context() as patch:
-        at(patch, os, "replace", second, iteration=40, file=file)
+    with at(os, "replace", second, iteration=40, file=file):
         code, out, error = main(f"--resume={RUN}")
     assert [code, *other] == [0, 0] and "could not be written" not in out + error
     main(*small(data_dir=data_dir))
     same_end(RUN, SECOND)
 
 
-def test_killed_in_the_second_of_several_runs(data_dir: Path, main: Callable) -> None:
-    """Its folder alone goes on with it: that seed, that run, no other."""
-    kill(main, small(data_dir=data_dir, runs=3, seed=7), seed=8)
-    assert checkpoint(SECOND)["m2n2"]["iteration"] == 20
-    code, out, error = main(f"--resume={SECOND}")
-    assert code == 0 and "seed 8\n" in out and out.count("Evolution finished.") == 1, error
-    assert "Mean Test Accuracy" not in out and len(os.listdir(RUN.parent)) == 2
-    main(*small(data_dir=data_dir, seed=8))
-    same_end(SECOND, RUN.with_name("version_2"))
-
-
-def test_goes_on_as_it_was(data_dir: Path, main: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_goes_on_as_it_was(data_dir, main, monkeypatch):
     """With RESUME in the file, beside another experiment's constants, in another folder."""
     kill(main, small(data_dir=data_dir.name))
     Path("elsewhere").mkdir()
@@ -140,7 +163,7 @@ def test_goes_on_as_it_was(data_dir: Path, main: Callable, monkeypatch: pytest.M
     same_end(RUN, SECOND)
 
 
-def test_a_finished_run_is_extended(data_dir: Path, main: Callable, tmp_path: Path) -> None:
+def test_a_finished_run_is_extended(data_dir, main, tmp_path):
     """Flags may say how far, where the data are, and what is as it was."""
     main(*small(data_dir=data_dir, seed=5))
     before = checkpoint(RUN)["m2n2"]
@@ -162,80 +185,73 @@ def test_a_finished_run_is_extended(data_dir: Path, main: Callable, tmp_path: Pa
 
 
 # --- What cannot go on ---
-CHANGES = {"seed": 1, "runs": 2, "iterations": 59, "test_every": 10, "accelerator": "cuda"}
-CHANGES |= {"dataset": "KMNIST", "deskew": True, "crop_size": 20, "image_size": 14, "hidden_dim": 9}
-CHANGES |= {"archive_size": 6, "subset_size": 0, "subset_every": 9, "score": "correct"}
-CHANGES |= {"temperature": 2.0, "alpha": 0.5, "init_std": 0.5, "mutation_std": 0.1}
-CHANGES |= {"final_mutation_std": 0.1, "prior_std": 0.5, "use_crossover": False}
-CHANGES |= {"use_split_point": False, "use_attraction": False}
+def another(name: str, value: object) -> object:
+    """A value that the constant may have, below this one if it can be."""
+    kind, *accepted = ACCEPTED[name]
+    if kind in (bool, str):
+        return next(choice for choice in accepted if choice != value)
+    low, _ = accepted
+    return low if low < value else low + 1
 
 
-def test_a_flag_that_differs_is_refused(data_dir: Path, main: Callable) -> None:
+def test_a_flag_that_differs_is_refused(data_dir, main):
     """By one line that names it and both values; the folder stays as it is."""
     main(*small(data_dir=data_dir))
     before, constants = contents(Path("runs")), checkpoint(RUN)["constants"]
-    assert {name.upper() for name in CHANGES} == {*RANGES, *CHOICES}
-    assert constants.keys() == {*RANGES, *CHOICES, *FOLDERS}
-    for name, value in CHANGES.items():
-        code, out, error = main(f"--resume={RUN}", f"--{name.replace('_', '-')}={value}")
-        words = f"Error: {name.upper()} is {value!r}, but {constants[name.upper()]!r} in the run"
+    assert constants.keys() == ACCEPTED.keys()
+    for name in ACCEPTED.keys() - {"RESUME", "OUTPUT_DIR", "DATA_DIR"}:
+        value = another(name, constants[name])
+        code, out, error = main(f"--resume={RUN}", f"{flag_of(name)}={value}")
+        words = f"Error: {name} is {value!r}, but {constants[name]!r} in the run"
         assert code == 1 and not out and one_line(error, words, "RESUME"), error
     assert contents(Path("runs")) == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_run_made_on_cuda_cannot_go_on_without(data_dir: Path, main: Callable) -> None:
-    """One answer, once, and what can be done."""
+def test_a_run_made_on_cuda_cannot_go_on_without(data_dir, main):
     main(*small(data_dir=data_dir))
     state = checkpoint(RUN)
     state["constants"]["ACCELERATOR"] = "cuda"
     torch.save(state, RUN / "checkpoint.pt")
     before = contents(RUN)
     code, out, error = main(f"--resume={RUN}")
-    assert code == 1 and not out and one_line(error, "Error: ", "cannot go on", "best model")
+    says = ("Error: ACCELERATOR is 'cuda'", "new run on 'cpu'", "cannot go on", "best model")
+    assert code == 1 and not out and one_line(error, *says)
     code, out, error = main(f"--resume={RUN}", "--accelerator=cpu")
     assert code == 1 and not out and one_line(error, "but 'cuda' in the run")
     assert contents(RUN) == before
 
 
-def with_part(part: str, **changes: object) -> Callable[[bytes, dict], dict]:
-    """A checkpoint with other constants or another state; None takes one away."""
-
-    def made(whole: bytes, state: dict) -> dict:
-        values = (state[part] | changes).items()
-        return state | {part: {name: value for name, value in values if value is not None}}
-
-    return made
-
-
 NO_WHOLE, OTHER = "checkpoint.pt is no whole checkpoint of this script", "is of another model"
-BAD = {  # what a checkpoint is made to, and what is said then
-    "absent": (lambda whole, state: None, NO_WHOLE),
-    "empty": (lambda whole, state: b"", NO_WHOLE),
-    "truncated": (lambda whole, state: whole[:-1_000], NO_WHOLE),
+BAD_FILES = {  # what becomes of the file
+    "absent": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1_000]),
     # A pickle that makes a folder.
-    "code": (lambda whole, state: b"cos\nmkdir\n(S'hacked'\ntR.", NO_WHOLE),
-    "a list": (lambda whole, state: [1], NO_WHOLE),
-    "without a state": (lambda whole, state: {"constants": state["constants"]}, NO_WHOLE),
-    "without a constant": (with_part("constants", DESKEW=None), NO_WHOLE),
-    "with a bad value": (with_part("constants", ALPHA=-1), NO_WHOLE),
-    "without its archive": (with_part("m2n2", archive=None), OTHER),
-    "with another archive": (with_part("m2n2", archive=torch.zeros(5, 3)), OTHER),
-    "with another subset": (with_part("m2n2", subset=torch.arange(3)), OTHER),
+    "code": lambda path: path.write_bytes(b"cos\nmkdir\n(S'hacked'\ntR."),
+    "a list": lambda path: torch.save([1], path),
+}
+BAD_STATES = {  # what becomes of its content, and what is said then
+    "without a state": (lambda state: state.pop("m2n2"), NO_WHOLE),
+    "without a constant": (lambda state: state["constants"].pop("DESKEW"), NO_WHOLE),
+    "with a bad value": (lambda state: state["constants"].update(ALPHA=-1), NO_WHOLE),
+    "without its archive": (lambda state: state["m2n2"].pop("archive"), OTHER),
+    "with another": (lambda state: state["m2n2"].update(archive=torch.zeros(5, 3)), OTHER),
 }
 
 
-@pytest.mark.parametrize("how", BAD)
-def test_a_bad_checkpoint(how: str, data_dir: Path, main: Callable) -> None:
+@pytest.mark.parametrize("how", BAD_FILES | BAD_STATES)
+def test_a_bad_checkpoint(how, data_dir, main):
     """One line, and the folder stays as it is."""
     main(*small(data_dir=data_dir))
-    path, (change, words) = RUN / "checkpoint.pt", BAD[how]
-    content = change(path.read_bytes(), checkpoint(RUN))
-    path.unlink()
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content:
-        torch.save(content, path)
+    path, words = RUN / "checkpoint.pt", NO_WHOLE
+    if how in BAD_FILES:
+        BAD_FILES[how](path)
+    else:
+        state = checkpoint(RUN)
+        change, words = BAD_STATES[how]
+        change(state)
+        torch.save(state, path)
     before = contents(RUN)
     code, _, error = main(f"--resume={RUN}")
     assert code == 1 and one_line(error, f"Error: {RUN}", words, "RESUME"), error

@@ -25,15 +25,11 @@ def reference_half(m2n2: M2N2, subset_size: int) -> set[int]:
 
 @every_score
 @pytest.mark.parametrize("subset_size", [1, 15, 39])
-def test_which_examples_are_chosen(subset_size: int, score: str) -> None:
-    """Half by the criterion, half from the rest, no example twice, all of them in time.
-
-    From two random models in an archive of four on: at first there are empty slots. The first
-    subset, by which more initial models than slots compete, is drawn too: data may be sorted.
-    """
+def test_which_examples_are_chosen(subset_size, score):
+    """Half by the criterion, half from the rest, no example twice, all of them in time."""
     m2n2 = make_m2n2(subset_size=subset_size, subset_every=1, score=score, schedule=40)
     seen, halves = set(), set()
-    assert sorted(m2n2.subset.tolist()) != list(range(subset_size))
+    assert sorted(m2n2.subset.tolist()) != list(range(subset_size))  # data may be sorted
     for _ in range(1_000):
         half = reference_half(m2n2, subset_size)  # by the archive before the child
         m2n2.evolve(1)
@@ -48,7 +44,7 @@ def test_which_examples_are_chosen(subset_size: int, score: str) -> None:
     assert len(halves) > (subset_size > 1)  # it follows the members
 
 
-def test_the_rest_is_drawn_evenly() -> None:
+def test_the_rest_is_drawn_evenly():
     m2n2, counts = make_m2n2(subset_size=16, subset_every=1), np.zeros(40)
     half = reference_half(m2n2, 16)
     archive = m2n2.archive.clone()
@@ -62,7 +58,7 @@ def test_the_rest_is_drawn_evenly() -> None:
 
 
 @every_score
-def test_members_are_scored_on_each_new_subset(score: str) -> None:
+def test_members_are_scored_on_each_new_subset(score):
     """As children are, in its order; an empty slot has no score; and it stays for its period."""
     m2n2 = make_m2n2(subset_size=15, subset_every=3, score=score, schedule=30)
     subsets = []
@@ -78,7 +74,7 @@ def test_members_are_scored_on_each_new_subset(score: str) -> None:
 
 
 @pytest.mark.parametrize("subset_size", [0, 40, 41])
-def test_all_examples(subset_size: int) -> None:
+def test_all_examples(subset_size):
     m2n2 = make_m2n2(subset_size=subset_size, subset_every=2)
     m2n2.evolve(5)
     assert m2n2.subset.tolist() == list(range(40)) and m2n2.subset_size == 40
@@ -88,18 +84,17 @@ class Overflows(nn.Linear):
     """Answers infinity to the image of ones."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return (
-            super().forward(images) + torch.where((images == 1).all(dim=1), torch.inf, 0)[:, None]
-        )
+        ones = (images == 1).all(dim=1, keepdim=True)
+        return super().forward(images) + torch.where(ones, torch.inf, 0)
 
 
 @every_score
-def test_an_example_on_which_members_overflow(score: str) -> None:
+def test_an_example_on_which_members_overflow(score):
     """One may be met after they entered: it pays nothing and is no better a choice than others."""
     images, labels = torch.linspace(-1, 1, 240).view(40, 6).sin(), torch.arange(40) % 10
     images[3] = 1
-    settings = {"archive_size": 4, "subset_size": 10, "subset_every": 1, "score": score, "seed": 1}
-    m2n2 = M2N2(Overflows(6, 10), images, labels, images, labels, **settings)
+    settings = {"archive_size": 4, "subset_size": 10, "subset_every": 1, "seed": 1}
+    m2n2 = M2N2(Overflows(6, 10), images, labels, images, labels, score=score, **settings)
     assert 3 not in m2n2.subset and m2n2.archive.any()  # by the seed
     met = 0
     for _ in range(100):

@@ -39,7 +39,7 @@ def on_threads(threads: int, model: nn.Module, **settings: object) -> M2N2:
 
 
 @pytest.mark.parametrize("name", [*LEARN, "large"])
-def test_the_same_bits_for_any_number_of_threads(name: str) -> None:
+def test_the_same_bits_for_any_number_of_threads(name):
     """And where sums are long enough for PyTorch to split them over its threads."""
     ends = []
     for threads in (1, 2, 3):
@@ -58,7 +58,7 @@ def test_the_same_bits_for_any_number_of_threads(name: str) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_each_thread_takes_parts(threads: int) -> None:
+def test_each_thread_takes_parts(threads):
     """As many as PyTorch has, the caller's among them, with no threads of PyTorch's within."""
     m2n2, seen = on_threads(threads, Keeps(12, 5, 3)), set()
     m2n2.evolve(1)
@@ -73,8 +73,7 @@ def test_each_thread_takes_parts(threads: int) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_the_callers_number_of_threads_stays(threads: int) -> None:
-    """After whatever ends an evolution."""
+def test_the_callers_number_of_threads_stays(threads):
     m2n2 = on_threads(threads, MLP(12, 5, 3))
     assert torch.get_num_threads() == threads
     m2n2.evolve(3)
@@ -92,7 +91,7 @@ def test_the_callers_number_of_threads_stays(threads: int) -> None:
 
 @pytest.mark.parametrize("in_caller", [True, False])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
-def test_an_error_in_a_thread_ends_the_evolution(error: type, in_caller: bool) -> None:
+def test_an_error_in_a_thread_ends_the_evolution(error, in_caller):
     """Which can go on, as no thread is left at work on what the next child is made of."""
     plain, m2n2 = (on_threads(2, model(12, 5, 3), schedule=20) for model in (MLP, Slow))
     state = m2n2.state_dict()
@@ -109,7 +108,7 @@ def test_an_error_in_a_thread_ends_the_evolution(error: type, in_caller: bool) -
     assert torch.equal(plain.archive, m2n2.archive)
 
 
-def test_autocast_reaches_all_threads_or_none() -> None:
+def test_autocast_reaches_all_threads_or_none():
     """It is set for a thread, and those that help are not the caller's."""
     scores = []
     for threads in (1, 3):

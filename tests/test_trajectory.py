@@ -65,7 +65,7 @@ VARIANTS += [{"subset_size": 500, "subset_every": 5}, {"subset_size": 501, "subs
 )
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("setting", EXPECTED)
-def test_the_first_children(setting: str, variant: dict) -> None:
+def test_the_first_children(setting, variant):
     settings, replaced, norms, column, fitness = EXPECTED[setting]
     settings = {"subset_size": 0} | settings | variant
     dtype = settings.pop("dtype", torch.float32)
