@@ -180,3 +180,16 @@ def test_an_end_that_cannot_be_written(how, data_dir, main):
     assert main(f"--resume={RUN}")[0] == 0
     main(*small(data_dir=data_dir))
     same_end(RUN, SECOND)
+
+
+def test_a_disk_that_became_read_only(monkeypatch, tmp_path):
+    """Its message keeps its remedy, though what was begun cannot be removed either."""
+
+    def read_only(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "replace", read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    says = r"metrics\.csv could not be written: Read-only file system\. See that you may write"
+    with pytest.raises(OSError, match=says):
+        script.write_whole(tmp_path / "metrics.csv", b"")
