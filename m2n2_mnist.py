@@ -45,7 +45,7 @@ from tqdm import tqdm
 # --- Constants: edit these, or give them as flags, --seed 7 for SEED = 7 ---
 # Run
 SEED = 42  # seed of the first run
-RUNS = 1  # how often to repeat the experiment, with consecutive seeds; a resumed run is one
+RUNS = 1  # number of runs, with consecutive seeds; with RESUME always 1
 ITERATIONS = 100_000  # children evaluated in a run
 TEST_EVERY = 1_000  # children between two rows of metrics.csv, each with a checkpoint
 RESUME = ""  # folder of a run to go on with, as runs/m2n2_mnist/version_3; its constants stay
@@ -55,20 +55,20 @@ ACCELERATOR = "cuda" if torch.cuda.is_available() else "cpu"  # where to compute
 DATASET = "MNIST"  # torchvision's name of the data set
 DATA_DIR = "data"  # folder that holds the data set, or gets it downloaded
 DESKEW = True  # shear each image until its ink stands upright; not in the paper
-CROP_SIZE = 20  # pixels a side of the central square kept, 28 for all; the digits fill 20
+CROP_SIZE = 20  # pixels a side of the central square kept, 28 for all; MNIST's digits fill 20
 IMAGE_SIZE = 8  # pixels a side after averaging over areas, which the model sees; the paper's 8
 HIDDEN_DIM = 128  # hidden units of the MLP; the paper's 256
 # M2N2
 ARCHIVE_SIZE = 4  # models in the archive, K; the paper's 20
-SUBSET_SIZE = 10_000  # training examples that a child is scored on; 0 for all of them, the paper's
+SUBSET_SIZE = 10_000  # training examples a child is scored on; 0, as in the paper: all of them
 SUBSET_EVERY = 1_000  # children after which the examples of SUBSET_SIZE are chosen anew
-SCORE = "probability"  # of the true class; "correct": 1 where a model is right, else 0, the paper's
+SCORE = "probability"  # of the true class; or the paper's "correct": 1 where right, else 0
 TEMPERATURE = 0.67  # of the softmax that gives the probability; higher is smoother
 ALPHA = 1.0  # competition: 1 shares each example among its models, 0 is none
 INIT_STD = 0.01  # standard deviation of the two random models at the start
 MUTATION_STD = 0.005  # σ, standard deviation of the mutation, at the start; the paper's 0.01
 FINAL_MUTATION_STD = 0.001  # σ at the end of a run; the paper's is constant
-PRIOR_STD = 0.2  # unused weights drift to N(0, PRIOR_STD²); above σ; 0: no prior, the paper's
+PRIOR_STD = 0.2  # mutation draws weights to N(0, PRIOR_STD²); must exceed σ; 0: off, the paper's
 USE_CROSSOVER = True  # False: a child is a mutated copy of its first parent
 USE_SPLIT_POINT = True  # False: one SLERP over the whole vector
 USE_ATTRACTION = True  # False: both parents are drawn by fitness
@@ -96,10 +96,10 @@ def get_params(model: nn.Module) -> Tensor:
 
 def set_params(model: nn.Module, params: Tensor) -> None:
     """Copy a vector `(params,)` of `get_params` into the model; ValueError for a wrong length."""
-    own = get_params(model)
-    if params.shape != own.shape:
-        raise ValueError(f"the model has {len(own)} parameters, not {tuple(params.shape)}")
-    vector_to_parameters(own.copy_(params), model.parameters())  # own: a copy in the model's dtype
+    vector = get_params(model)  # a copy, in the model's dtype
+    if params.shape != vector.shape:
+        raise ValueError(f"the model has {len(vector)} parameters, not {tuple(params.shape)}")
+    vector_to_parameters(vector.copy_(params), model.parameters())
 
 
 # --- Model ---
@@ -125,8 +125,8 @@ def deskew(images: Tensor) -> Tensor:
     """Images `(examples, 1, side, side)`, each sheared until its ink stands upright.
 
     With dx and dy a pixel's offsets from the centre of mass and m its share of the ink, a row moves
-    back by k dy, k = Σ m dx dy / Σ m dy² limited to ±1. Then Σ m dx dy is about zero (LeCun,
-    Bottou, Bengio, Haffner 1998). An image without ink stays as it is.
+    back by k dy, k = Σ m dx dy / Σ m dy². Then Σ m dx dy is about zero, unless k is limited, to ±1
+    (LeCun, Bottou, Bengio, Haffner 1998). An image without ink stays as it is.
     """
     identity = torch.eye(2, 3, dtype=images.dtype)
     size = [1, *images.shape[1:]]
@@ -168,7 +168,7 @@ class MNISTDataModule(LightningDataModule):
         batch_size: int = 128,
     ) -> None:
         super().__init__()
-        self.data_dir = data_dir
+        self.data_dir = os.path.expanduser(data_dir)
         self.dataset = dataset
         self.deskew = deskew
         self.crop_size = crop_size
@@ -212,7 +212,9 @@ class MNISTDataModule(LightningDataModule):
             remedy = f"Its files are damaged: delete {folder} and run again."
             if missing or isinstance(error, OSError):
                 found = ", ".join(os.listdir(folder) if folder.is_dir() else []) or "nothing"
-                remedy = f"Or put {', '.join(files)}, unpacked, into {folder} (there is {found})"
+                remedy = (
+                    f"You can put {', '.join(files)}, unpacked, into {folder} (there is {found})"
+                )
                 remedy += "; DATA_DIR may name another folder."
             trouble = "could not be downloaded or read"
             raise OSError(f"{self.dataset} {trouble}: {error}\n{remedy}") from error
@@ -304,7 +306,7 @@ class ForwardPass:
         numbers = iter(range(len(parts)))  # common to the threads: none gets another's number
 
         def evaluate(model: nn.Module) -> None:
-            # Each thread has its own modes: the caller's autocast would not reach the helpers.
+            # Gradients and autocast are modes of a thread: set here, they are the same in all.
             with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
                 for number in numbers:
                     logits[number] = model(parts[number]).T.float()
@@ -387,7 +389,7 @@ def merging_params(model: nn.Module, others: Sequence[nn.Module | Mapping]) -> l
         params = get_params(loaded)
         if not params.float().isfinite().all():
             raise ValueError(f"{which} has parameters that are not finite")
-        # Only parameters are merged: with model's buffers they must make the other model again.
+        # Only parameters are merged, all else stays model's: so all else must be equal already.
         rebuilt = deepcopy(model)
         set_params(rebuilt, params)
         own, theirs = rebuilt.state_dict(), dict(state)
@@ -445,11 +447,10 @@ class M2N2:
         use_split_point: bool = USE_SPLIT_POINT,
         use_attraction: bool = USE_ATTRACTION,
         schedule: int = 0,  # children over which σ falls; 0: to the end of the first `evolve`
-        eval_batch_size: int = 0,  # images a thread evaluates at a time; 0: 2,500, all on a GPU
+        eval_batch_size: int = 0,  # images a thread evaluates at a time; 0: 2,500, or all on a GPU
         initial_models: Sequence[nn.Module | Mapping] = (),
         seed: int = SEED,
     ) -> None:
-        # Checked is what would go wrong in silence; the rest is left to PyTorch.
         if score not in ("probability", "correct"):
             raise ValueError(f"score is {score!r}, accepted are 'probability' and 'correct'")
         if archive_size < 2:
@@ -496,9 +497,8 @@ class M2N2:
         """Make K empty slots; these vectors, or two random ones, enter them like children."""
         params = len(get_params(self.model))
         options = {"dtype": torch.float32, "device": self.train_images.device}
-        # A row for each member and, last, one for the child. A step copies the child's row over the
-        # worst row, be it the child's: so it needs no branch. It changes tensors only, in place, so
-        # a CUDA graph can replay it.
+        # The members' rows and, last, the child's. A step always copies the child's row over the
+        # worst row, which may be itself: no branch, all in place, so a CUDA graph can replay it.
         self._models = torch.zeros(self.archive_size + 1, params, **options)
         # The subset of the first models is drawn; `evolve` begins by choosing another.
         self.subset = torch.arange(len(self.train_labels), device=self.train_images.device)
@@ -613,7 +613,7 @@ class M2N2:
 
     @torch.inference_mode()
     def _step(self) -> None:
-        """One child, from its parents to its place in the archive; the host waits for nothing."""
+        """One child, from its parents to its place in the archive; no CPU waits for the GPU."""
         parent_a, parent_b = self._select_parents()
         child = self._mutate(self._crossover(parent_a, parent_b))
         self._evaluate(child)
@@ -636,16 +636,16 @@ class M2N2:
     def _draw(self, chances: Tensor) -> Tensor:
         """An index `(1,)`, i with probability chances_i / Σ chances.
 
-        Clock i rings after Exp(1) / chances_i, and is the first with just that probability: where
-        chances_i / Exp(1) is highest. For torch.multinomial the host would have to wait.
+        An exponential waiting time of rate chances_i is the shortest with that probability; what is
+        compared here is 1 / time. torch.multinomial would make the CPU wait for the GPU.
         """
         waiting = torch.empty_like(chances).exponential_(generator=self._generator)
         return torch.argmax(chances / waiting, dim=0, keepdim=True)
 
     def _crossover(self, parent_a: Tensor, parent_b: Tensor) -> Tensor:
-        """SLERP(w) before the split point p, SLERP(1 - w) after it, `(params,)`.
+        """SLERP(w), by the whole vectors' angle, before split point p, SLERP(1 - w) from it on.
 
-        w ~ U(0, 1), p ~ U{0..params-1}.
+        w ~ U(0, 1), p ~ U{0..params-1}; the child is `(params,)`.
         """
         a, b = self.archive.index_select(0, torch.cat([parent_a, parent_b]))
         if not self.use_crossover:
@@ -679,16 +679,13 @@ class M2N2:
         return torch.where(margin.isfinite(), (margin > 0).float(), torch.nan)
 
     def _update_fitness(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The models' fitness and the examples' rewards; nothing is changed.
+        """Changes nothing: the fitness f_i = Σ_j s_ij / z_j^α and the rewards 1 / z_j^α.
 
-        Fitness f_i = Σ_j s_ij / z_j^α, `(models,)`, without the j with z_j = 0; rewards 1 / z_j^α,
-        `(examples,)`.
+        `(models,)` and `(examples,)`. An example with z_j = 0 adds nothing.
         """
-        # A child that overflowed has NaN scores.
         rewards = scores.nansum(dim=0).clamp_(min=1e-12).pow_(-self.alpha)
-        # Identical models must get equal sums, or rounding would choose between them. A matrix
-        # product may not give these; on CUDA a sum may not, unless rows start at multiples of four
-        # numbers: hence the padding.
+        # Identical models must get equal sums, or rounding would choose between them: so not
+        # scores @ rewards. On CUDA even a sum differs by row unless rows are padded to fours.
         paid = nn.functional.pad(scores * rewards, (0, -len(rewards) % 4))
         return all_reduce(paid.sum(dim=1)), rewards
 
@@ -704,11 +701,11 @@ class M2N2:
     def _measure(self) -> dict[str, float]:
         """A row of `history`.
 
-        `best_fitness` is over the subset, all else over all examples. `coverage` is the share of
-        training examples that some member classifies correctly, `diversity` the share on which one
-        of two members does and the other does not, averaged over all pairs (the disagreement
-        measure, Kuncheva & Whitaker 2003), `acceptance` the share of the children since the last
-        row that entered the archive.
+        `train_acc` and `test_acc` are of `best`; `best_fitness`, perhaps another's, is over the
+        subset. `coverage` is the share of training examples that some member classifies correctly,
+        `diversity` the share on which one of two members does and the other does not, averaged over
+        all pairs (the disagreement measure, Kuncheva & Whitaker 2003), `acceptance` the share of
+        the children since the last row that entered the archive.
         """
         right = self._right()
         known_by = right.sum(dim=0)  # how many members, (examples,)
@@ -787,16 +784,16 @@ def captured_step(m2n2: M2N2) -> Callable[[], None]:
     state = generator.get_state()
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream(device)
-    # A context that restores the current stream at its end, which a failed capture does not.
+    # A failed capture leaves its own stream current: this outer context sets the old one again.
     current = torch.cuda.stream(torch.cuda.current_stream(device))
     try:
-        # Compared as versions. A later torch registers a generator on its first use.
+        # From 2.14 on torch does this by itself. Its versions do not compare as text.
         if torch.__version__ < "2.14":
             graph.register_generator_state(generator)
         capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
         with torch.cuda.device(device), current, capture:
             m2n2._step()
-    except RuntimeError as error:  # the model makes the host wait
+    except RuntimeError as error:  # as where the model makes the CPU wait
         tqdm.write(f"No CUDA graph, which is slower: {str(error).splitlines()[0]}")
         m2n2._generator = torch.Generator(device)  # the other may still be in capture mode
         m2n2._generator.set_state(state)
@@ -921,7 +918,7 @@ def check(name: str, value: object) -> int | float | bool | str:
 
 
 def from_text(name: str, text: str) -> object:
-    """The value that a flag's text means; the text as it is, which `check` refuses, if none."""
+    """The switch or number that a flag's text means; else the text, for `check` to judge."""
     kind = ACCEPTED[name][0]
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
@@ -942,7 +939,6 @@ def parse_constants(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
     )
     # The help for a flag is the comment beside its constant.
     comments = dict(re.findall(r"^([A-Z_]+)\b.*# *(.*)", SOURCE.decode(errors="replace"), re.M))
-    # In the order of the file.
     constants = {name: value for name, value in globals().items() if name in ACCEPTED}
     for name, default in constants.items():
         meaning = f"{comments.get(name, '')} [{accepted(name)}] (default: {default!r})"
@@ -961,9 +957,10 @@ def parse_constants(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
 
 
 def resume(constants: argparse.Namespace, flags: dict) -> tuple[argparse.Namespace, dict]:
-    """The constants and the state of the run in RESUME, which goes on as it was.
+    """The constants and the state of the run in RESUME.
 
-    A flag may raise ITERATIONS and name another DATA_DIR; any other that differs is refused.
+    A flag may name another DATA_DIR and raise ITERATIONS, which raises σ again; any other that
+    differs is refused.
     """
     path = Path(constants.RESUME, "checkpoint.pt")
     try:
@@ -981,7 +978,7 @@ def resume(constants: argparse.Namespace, flags: dict) -> tuple[argparse.Namespa
 
 # --- A run ---
 def launch(accelerator: str) -> Fabric:
-    """The device and torchrun's processes; without torchrun each process is a run of its own."""
+    """A device for this process, or for each of torchrun's; one of SLURM's or MPI's is alone."""
     environment, devices, nodes = LightningEnvironment(), 1, 1
     if dist.is_torchelastic_launched():
         environment = TorchElasticEnvironment()
@@ -991,7 +988,7 @@ def launch(accelerator: str) -> Fabric:
     if accelerator == "cuda" and found < devices:
         sys.exit(
             f"Error: ACCELERATOR is 'cuda', and {devices} process(es) find {found} GPU(s). Start a "
-            "new run on 'cpu'; a run made on CUDA cannot go on without, but has its best model."
+            "new run on 'cpu'; one made on CUDA cannot go on without it, but has best_model.pt."
         )
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, plugins=environment)
     fabric.launch()
@@ -1087,8 +1084,8 @@ def main(argv: str | Sequence[object] = ()) -> None:
     if constants.RESUME:
         constants, state = resume(constants, flags)
     fabric = launch(constants.ACCELERATOR)
-    constants = fabric.broadcast(constants)  # SEED = int(time.time()) differs between processes
-    constants.DATA_DIR = os.path.abspath(constants.DATA_DIR)  # to RESUME from another folder
+    constants = fabric.broadcast(constants)  # the first process's: SEED may be int(time.time())
+    constants.DATA_DIR = os.path.abspath(constants.DATA_DIR)  # so that RESUME works from anywhere
     preprocessing = (constants.DESKEW, constants.CROP_SIZE, constants.IMAGE_SIZE)
     data = MNISTDataModule(constants.DATA_DIR, constants.DATASET, *preprocessing)
     histories = []

@@ -215,7 +215,7 @@ def test_a_run_made_on_cuda_cannot_go_on_without(data_dir, main):
     torch.save(state, RUN / "checkpoint.pt")
     before = contents(RUN)
     code, out, error = main(f"--resume={RUN}")
-    says = ("Error: ACCELERATOR is 'cuda'", "new run on 'cpu'", "cannot go on", "best model")
+    says = ("Error: ACCELERATOR is 'cuda'", "new run on 'cpu'", "cannot go on", "best_model.pt")
     assert code == 1 and not out and one_line(error, *says)
     code, out, error = main(f"--resume={RUN}", "--accelerator=cpu")
     assert code == 1 and not out and one_line(error, "but 'cuda' in the run")
