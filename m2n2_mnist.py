@@ -33,7 +33,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
-from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from pytorch_lightning import LightningDataModule
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
@@ -979,18 +978,17 @@ def resume(constants: argparse.Namespace, flags: dict) -> tuple[argparse.Namespa
 # --- A run ---
 def launch(accelerator: str) -> Fabric:
     """A device for this process, or for each of torchrun's; one of SLURM's or MPI's is alone."""
-    environment, devices, nodes = LightningEnvironment(), 1, 1
+    devices, nodes = 1, 1
     if dist.is_torchelastic_launched():
-        environment = TorchElasticEnvironment()
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
-        nodes = environment.world_size() // devices
+        nodes = int(os.environ["WORLD_SIZE"]) // devices
     found = torch.cuda.device_count()
     if accelerator == "cuda" and found < devices:
         sys.exit(
             f"Error: ACCELERATOR is 'cuda', and {devices} process(es) find {found} GPU(s). Start a "
             "new run on 'cpu'; one made on CUDA cannot go on without it, but has best_model.pt."
         )
-    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, plugins=environment)
+    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes)
     fabric.launch()
     return fabric
 
