@@ -278,8 +278,8 @@ class ForwardPass:
 
     PyTorch's own threads meet at the end of each operation, where all wait for the slowest: on a
     busy machine they take up to ten times as long. Here each thread evaluates whole parts of
-    `part_size` images by itself, in the same way whichever thread it is: the bits of the logits do
-    not depend on the number of threads. A GPU gets all images at once.
+    `part_size` images (0: 2,500, or all on a GPU) by itself, in the same way whichever thread it
+    is: the bits of the logits do not depend on the number of threads.
     """
 
     def __init__(self, model: nn.Module, part_size: int = 0) -> None:
