@@ -46,7 +46,7 @@ from tqdm import tqdm
 SEED = 42  # seed of the first run
 RUNS = 1  # number of runs, with consecutive seeds; with RESUME always 1
 ITERATIONS = 100_000  # children evaluated in a run
-TEST_EVERY = 1_000  # children between two rows of metrics.csv, each with a checkpoint
+TEST_EVERY = 1_000  # children between two rows of metrics.csv; at each the checkpoint is renewed
 RESUME = ""  # folder of a run to go on with, as runs/m2n2_mnist/version_3; its constants stay
 OUTPUT_DIR = "runs"  # folder that gets m2n2_mnist/version_N for each run
 ACCELERATOR = "cuda" if torch.cuda.is_available() else "cpu"  # where to compute
@@ -290,7 +290,7 @@ class ForwardPass:
         # A copy for each thread, as a forward pass may keep something in its modules.
         self._copies = [deepcopy(model) for _ in range(threads)]
         for copy in self._copies:
-            vector_to_parameters(self._params, copy.parameters())  # which become its views
+            vector_to_parameters(self._params, copy.parameters())  # now views of self._params
 
     def __reduce__(self) -> tuple:
         # Views do not survive copying or pickling: the copy makes them anew.
@@ -406,13 +406,13 @@ class M2N2:
     """Model Merging of Natural Niches: a steady-state evolution of an archive of K models.
 
     Takes any `model` from floating-point images `(examples, ...)` to logits `(examples, classes)`,
-    and int64 labels; ValueError where they do not fit. Copies of both are used. The model is
+    and int64 labels; ValueError where they do not fit. Model and data are copied. The model is
     evaluated on the training images' device, in their precision and in evaluation mode; all
     parameters evolve, frozen ones too, and buffers stay.
 
     The archive, float32, starts as K empty slots, zeros with fitness 0. Two random models take the
     first of them, and children the next. The weights of `model` are not used: to start from trained
-    ones, give two or more `initial_models` (modules or state_dicts), and no prior, or they shrink.
+    ones, give two or more `initial_models` (modules, state_dicts) and prior_std=0, or they shrink.
 
     Children are scored on `subset_size` of the training examples, which are chosen anew after each
     `subset_every` children; 0 for all of them. Under torch.distributed every process holds the
@@ -499,7 +499,7 @@ class M2N2:
         # The members' rows and, last, the child's. A step always copies the child's row over the
         # worst row, which may be itself: no branch, all in place, so a CUDA graph can replay it.
         self._models = torch.zeros(self.archive_size + 1, params, **options)
-        # The subset of the first models is drawn; `evolve` begins by choosing another.
+        # The first models are scored on a random subset; `evolve` begins by choosing another.
         self.subset = torch.arange(len(self.train_labels), device=self.train_images.device)
         if self.subset_size < len(self.subset):
             draws = torch.rand(len(self.subset), generator=self._generator, **options)
@@ -635,14 +635,14 @@ class M2N2:
     def _draw(self, chances: Tensor) -> Tensor:
         """An index `(1,)`, i with probability chances_i / Σ chances.
 
-        An exponential waiting time of rate chances_i is the shortest with that probability; what is
-        compared here is 1 / time. torch.multinomial would make the CPU wait for the GPU.
+        Of exponential times of rates chances_i, the i-th is shortest with that probability; here
+        the largest 1 / time wins. torch.multinomial would make the CPU wait for the GPU.
         """
         waiting = torch.empty_like(chances).exponential_(generator=self._generator)
         return torch.argmax(chances / waiting, dim=0, keepdim=True)
 
     def _crossover(self, parent_a: Tensor, parent_b: Tensor) -> Tensor:
-        """SLERP(w), by the whole vectors' angle, before split point p, SLERP(1 - w) from it on.
+        """SLERP(w) before split point p, SLERP(1 - w) from it on; Ω is the whole vectors'.
 
         w ~ U(0, 1), p ~ U{0..params-1}; the child is `(params,)`.
         """
@@ -678,7 +678,7 @@ class M2N2:
         return torch.where(margin.isfinite(), (margin > 0).float(), torch.nan)
 
     def _update_fitness(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Changes nothing: the fitness f_i = Σ_j s_ij / z_j^α and the rewards 1 / z_j^α.
+        """Changes nothing, returns the fitness f_i = Σ_j s_ij / z_j^α and the rewards 1 / z_j^α.
 
         `(models,)` and `(examples,)`. An example with z_j = 0 adds nothing.
         """
@@ -786,7 +786,7 @@ def captured_step(m2n2: M2N2) -> Callable[[], None]:
     # A failed capture leaves its own stream current: this outer context sets the old one again.
     current = torch.cuda.stream(torch.cuda.current_stream(device))
     try:
-        # From 2.14 on torch does this by itself. Its versions do not compare as text.
+        # From 2.14 on torch does this by itself. `__version__` compares by number, not as text.
         if torch.__version__ < "2.14":
             graph.register_generator_state(generator)
         capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
@@ -977,7 +977,7 @@ def resume(constants: argparse.Namespace, flags: dict) -> tuple[argparse.Namespa
 
 # --- A run ---
 def launch(accelerator: str) -> Fabric:
-    """A device for this process, or for each of torchrun's; one of SLURM's or MPI's is alone."""
+    """A device for this process, or for each of torchrun's; SLURM's or MPI's each run alone."""
     devices, nodes = 1, 1
     if dist.is_torchelastic_launched():
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -1071,7 +1071,7 @@ def run(
 
 
 def main(argv: str | Sequence[object] = ()) -> None:
-    """The experiment of the constants and flags; what a user has to mend ends in one message."""
+    """The experiment of the constants and flags; errors a user can mend end in one message."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  None where it was closed
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's have none
