@@ -211,9 +211,7 @@ class MNISTDataModule(LightningDataModule):
             remedy = f"Its files are damaged: delete {folder} and run again."
             if missing or isinstance(error, OSError):
                 found = ", ".join(os.listdir(folder) if folder.is_dir() else []) or "nothing"
-                remedy = (
-                    f"You can put {', '.join(files)}, unpacked, into {folder} (there is {found})"
-                )
+                remedy = f"Put {', '.join(files)}, unpacked, into {folder} (there is {found})"
                 remedy += "; DATA_DIR may name another folder."
             trouble = "could not be downloaded or read"
             raise OSError(f"{self.dataset} {trouble}: {error}\n{remedy}") from error

@@ -46,7 +46,7 @@ def assert_damaged(folder: Path) -> None:
 
 def says_missing(error: str, folder: Path, found: str = "nothing") -> bool:
     """One message with the files that it looked for, where, what is there; nothing to delete."""
-    remedy = f"put {', '.join(NAMES)}, unpacked, into {folder / RAW} (there is {found}); DATA_DIR "
+    remedy = f"Put {', '.join(NAMES)}, unpacked, into {folder / RAW} (there is {found}); DATA_DIR "
     trouble = "MNIST could not be downloaded or read: "
     return trouble in error and remedy in error and "elete" not in error
 
@@ -112,6 +112,14 @@ def test_tensors(tmp_path, crop, size, deskewed):
     mean, std = train.mean(axis=0), train.std(ddof=1)
     for images, expected in ((data.train_images, train), (data.test_images, test)):
         np.testing.assert_allclose(images, (expected - mean) / std, atol=2e-3)
+
+
+def test_the_home_folder_may_be_a_tilde(tmp_path, monkeypatch, capsys):
+    write_mnist(tmp_path / "data")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in ("~/data", Path("~", "data")):
+        assert len(load(folder).train_labels) == 300
+    assert "Downloading" not in capsys.readouterr().out
 
 
 def test_a_bar_becomes_upright():
