@@ -754,7 +754,6 @@ class M2N2:
         return {
             "archive": self.archive.clone(),
             "generator": self._generator.get_state(),
-            "accepted": self._accepted.clone(),
             "subset": self.subset.clone(),
             "best": self.best.clone(),
             "iteration": self.iteration,
@@ -768,7 +767,7 @@ class M2N2:
         self.subset.copy_(state["subset"])
         self._score_members()
         self._generator.set_state(state["generator"])
-        self._accepted.copy_(state["accepted"])
+        self._accepted.zero_()  # as after each row, with which `evolve` ends
         self.best.copy_(state["best"])
         self.iteration = state["iteration"]
         self.schedule = self.schedule or state["schedule"]  # one already set here stays
